@@ -1,0 +1,140 @@
+"""Held-out evaluation of a policy: format, emotion, rubric, each with a 95 % interval.
+
+In: a config, a policy, a grader. Out: ``Evaluation`` with one value per answer, from which intervals are made: over one
+seed by a bootstrap of whole dialogues, over several by Student's t on the seeds' means.
+
+A malformed answer has no reply to mark; it counts with the lowest mark, as it does in the reward, so that policies with
+different format rates are compared over the same dialogues. An answer whose verdict is missing counts for format and
+emotion only.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from kardia_jax.config import Config, EvalConfig
+from kardia_jax.dialogue.dataset import load_dialogues
+from kardia_jax.dialogue.emotions import EMOTIONS
+from kardia_jax.dialogue.prompt import Prompt, load_system_prompt, prompts_of
+from kardia_jax.dialogue.spans import Spans
+from kardia_jax.keys import Purpose, row_keys
+from kardia_jax.observe.intervals import Interval, bootstrap_interval, bootstrap_macro_f1, macro_f1, t_interval
+from kardia_jax.policies import Policy
+from kardia_jax.programs import compute_for, make_generate
+from kardia_jax.rewards.rubric import Rubric
+from kardia_jax.rollout.engine import Sampler, sample
+from kardia_jax.rollout.sampling import Controls
+from kardia_jax.scoring import Graded, Grader, grade, rollout_rows
+
+LOWEST_MARK = 1.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One value per answer, by metric; NaN where a verdict is missing."""
+
+    clusters: tuple[str, ...]
+    """The dialogue that each answer belongs to."""
+    values: Mapping[str, tuple[float, ...]]
+    gold: tuple[str, ...]
+    predicted: tuple[str | None, ...]
+    rows: tuple[Mapping[str, object], ...]
+    """Every answer in full, as in rollouts.jsonl."""
+
+    def means(self) -> dict[str, float]:
+        """Mean of every metric, macro-F1 included."""
+        by_name = {name: float(np.nanmean(numbers)) for name, numbers in self.values.items() if np.isfinite(numbers).any()}
+        return by_name | {"macro_f1": macro_f1(self.gold, self.predicted, EMOTIONS)}
+
+    def intervals(self, seed: int) -> dict[str, Interval]:
+        """95 % intervals by bootstrap over dialogues."""
+        by_name = {name: bootstrap_interval(numbers, self.clusters, seed) for name, numbers in self.values.items()}
+        return by_name | {"macro_f1": bootstrap_macro_f1(self.gold, self.predicted, EMOTIONS, self.clusters, seed)}
+
+
+def held_out_prompts(config: Config, policy: Policy) -> list[Prompt]:
+    """The test prompts: every assistant turn, or the last of each dialogue."""
+    loaded = load_dialogues(config.data, "test")
+    system_prompt = load_system_prompt(config.data.system_prompt)
+    prompts = prompts_of(loaded.dialogues, policy.tokenizer, config.data, system_prompt).prompts
+    if config.eval.turns == "all":
+        return list(prompts)
+    return [prompt for prompt in prompts if prompt.turn == len(prompt.dialogue.answers) - 1]
+
+
+def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
+    """Answers every test prompt and grades the answers; the draw depends on the seed, the prompt and the sample alone."""
+    prompts, settings = held_out_prompts(config, policy), config.eval
+    sampler = Sampler(
+        make_generate(policy.spec, compute_for(config.model)),
+        policy.tokenizer,
+        policy.stop_ids,
+        policy.silent_ids,
+        policy.pad_id,
+    )
+    texts_P_G = []
+    for start in range(0, len(prompts), settings.batch):
+        texts_P_G += _answers(sampler, policy, prompts, start, settings, config.run.seed)
+    graded = grade(grader, prompts, texts_P_G)
+    return _collect(prompts, texts_P_G, graded, grader.rubric)
+
+
+def _answers(
+    sampler: Sampler, policy: Policy, prompts: Sequence[Prompt], start: int, settings: EvalConfig, seed: int
+) -> list[list[str]]:
+    """One batch; the last one is filled up with its first prompt, so that every batch has the same shape."""
+    ids = list(range(start, min(start + settings.batch, len(prompts))))
+    filled = ids + ids[:1] * (settings.batch - len(ids))
+    keys = row_keys(seed, Purpose.EVALUATION, 0, jnp.array(filled), settings.samples)
+    controls = Controls.from_config(settings.sampler)
+    rows = [prompts[i].tokens for i in filled]
+    sampled = sample(sampler, policy.params, rows, keys, controls, settings.sampler.max_new_tokens)
+    return sampled.texts_P_G[: len(ids)]
+
+
+def _collect(
+    prompts: Sequence[Prompt], texts_P_G: Sequence[Sequence[str]], graded: Graded, rubric: Rubric
+) -> Evaluation:
+    scores = [score for row in graded.scores_P_G for score in row]
+    parsed = [answer for row in graded.parsed_P_G for answer in row]
+    repeated = [prompt for prompt, row in zip(prompts, texts_P_G, strict=True) for _ in row]
+
+    def mark(index: int, criterion: str) -> float:
+        score = scores[index]
+        if score.marks is not None:
+            return float(score.marks[criterion])
+        return LOWEST_MARK if score.malformed is not None else float("nan")
+
+    everyone = range(len(scores))
+    values = {
+        "format_rate": tuple(score.format for score in scores),
+        "emotion_accuracy": tuple(score.emotion for score in scores),
+        **{c.name: tuple(mark(i, c.name) for i in everyone) for c in rubric.criteria},
+        "reward": tuple(graded.combined.rewards_P_G.ravel().tolist()),
+    }
+    return Evaluation(
+        clusters=tuple(prompt.dialogue.where for prompt in repeated),
+        values=values,
+        gold=tuple(prompt.dialogue.emotion for prompt in repeated),
+        predicted=tuple(answer.emotion if isinstance(answer, Spans) else None for answer in parsed),
+        rows=tuple(rollout_rows(prompts, texts_P_G, graded)),
+    )
+
+
+def summarise(evaluations: Sequence[Evaluation], seed: int) -> dict[str, Interval]:
+    """Intervals of one policy: over answers for one seed, over seeds for several."""
+    if len(evaluations) == 1:
+        return evaluations[0].intervals(seed)
+    by_seed = [evaluation.means() for evaluation in evaluations]
+    return {name: t_interval([means[name] for means in by_seed]) for name in by_seed[0]}
+
+
+def write_rows(evaluation: Evaluation, path: pathlib.Path) -> None:
+    """Every answer with its scores, one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(row), ensure_ascii=False, default=str) for row in evaluation.rows]
+    path.write_text("\n".join(lines) + "\n", "utf-8")

@@ -1,0 +1,1 @@
+"""Group-relative policy optimisation: pure maths (advantages, losses, KL, correction) and the update."""

@@ -1,0 +1,45 @@
+"""Scores for a batch of completions: who is judged, what the judge says, and what it comes to.
+
+In: completions of known dialogues, already parsed. Out: one ``Scores`` each, in order. Malformed completions
+never reach the judge, and with rubric weight 0 nothing does.
+
+>>> row = Completion(dialogue, 0, parse(text))
+>>> scores = score_completions(RuleJudge(), KARDIA_FIVE, RewardConfig(), [row])
+>>> scores[0].marks["empathy"], scores[0].reasons["empathy"]
+(4, 'acknowledges (fear) and names the cause')
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kardia_jax.config import RewardConfig
+from kardia_jax.dialogue.dataset import Dialogue
+from kardia_jax.dialogue.spans import Malformed, Spans
+from kardia_jax.judge.protocol import Judge, score_all
+from kardia_jax.rewards.combine import Scores, judge_request, score_completion
+from kardia_jax.rewards.rubric import Rubric
+
+
+class Completion(NamedTuple):
+    """A sampled answer at assistant turn number ``turn`` of a dialogue, from 0 on."""
+
+    dialogue: Dialogue
+    turn: int
+    parsed: Spans | Malformed
+
+
+def score_completions(
+    judge: Judge, rubric: Rubric, weights: RewardConfig, completions: Sequence[Completion]
+) -> list[Scores]:
+    """Format, emotion and rubric of every completion; one call of the judge for all that it has to see."""
+    asked = [
+        (index, judge_request(row.dialogue, row.turn, row.parsed))
+        for index, row in enumerate(completions)
+        if isinstance(row.parsed, Spans) and weights.rubric > 0
+    ]
+    given = score_all(judge, [request for _, request in asked])
+    said = {index: answer for (index, _), answer in zip(asked, given, strict=True)}
+    return [
+        score_completion(row.parsed, row.dialogue.emotion, said.get(index), rubric)
+        for index, row in enumerate(completions)
+    ]

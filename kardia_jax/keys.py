@@ -1,0 +1,42 @@
+"""Random keys, derived and never threaded.
+
+Every key is a pure function of (seed, purpose, step, prompt, sample), so a run that is killed and resumed draws the
+same numbers as one that was not, and no key is ever saved. ``purpose`` keeps streams apart that share the integers.
+
+>>> row_keys(seed=0, purpose=Purpose.ROLLOUT, step=3, prompt_ids=jnp.array([7, 9]), group=4).shape
+(2, 4)
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+
+class Purpose(enum.IntEnum):
+    """Streams of random numbers. Values are part of the reproducibility contract: append, never renumber."""
+
+    INIT = 0
+    ROLLOUT = 1
+    DATA = 2
+    EVALUATION = 3
+    DROPOUT = 4
+
+
+def key_for(seed: int, purpose: Purpose, *path: int | Int[Array, ""]) -> Key[Array, ""]:
+    """The key at ``path`` (for instance step, prompt, sample) of the stream ``purpose``."""
+    key = jax.random.fold_in(jax.random.key(seed), int(purpose))
+    for index in path:
+        key = jax.random.fold_in(key, index)
+    return key
+
+
+def row_keys(
+    seed: int, purpose: Purpose, step: int | Int[Array, ""], prompt_ids: Int[Array, " P"], group: int
+) -> Key[Array, "P G"]:
+    """One key per completion, from (seed, purpose, step, prompt, sample): row order and batch size do not matter."""
+    base = key_for(seed, purpose, step)
+    samples = jnp.arange(group)
+    per_prompt = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, prompt_ids)
+    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, samples))(per_prompt)

@@ -1,0 +1,133 @@
+"""Attention in parts: each part gives its output and log-sum-exp, and parts are merged.
+
+A completion attends to its prompt (stored once per group) and to its own past. The two are computed apart,
+
+    out = sum_i exp(lse_i - lse) out_i,        lse = log sum_i exp(lse_i),
+
+which equals one softmax over both. The queries of a whole group meet the prompt's keys in one matrix product.
+
+A 2-token completion on a 3-token prompt of which 2 are valid keeps (1) or drops (.) these keys::
+
+                  prompt     own
+    token 0       1 1 .      1 .
+    token 1       1 1 .      1 1
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = -1e30
+"""Score of a dropped key: finite, so that a row without any key gives no NaN and weighs nothing when merged."""
+
+
+class Part(NamedTuple):
+    """Attention over some of the keys."""
+
+    out: Float[Array, "B T H E"]
+    lse: Float[Array, "B T H"]
+
+
+class Scoring(NamedTuple):
+    """How scores are made from q·k, the same for every part of one layer."""
+
+    scale: float
+    softcap: float | None = None
+    """Scores become cap * tanh(score / cap) (Gemma 2)."""
+
+
+def attend(
+    q: Float[Array, "B T H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    keep: Bool[Array, "#B #T S"],
+    scoring: Scoring,
+) -> Part:
+    """softmax(q·k scale) v over the kept keys, with grouped queries; scores and sums are float32."""
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("BTKQE,BSKE->BKQTS", grouped, k, preferred_element_type=jnp.float32) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    scores = jnp.where(keep[:, None, None], scores, MASKED)
+    peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1)
+    out = jnp.einsum("BKQTS,BSKE->BTKQE", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = out / jnp.moveaxis(total, 3, 1)[..., None]
+    lse = jnp.moveaxis(jnp.log(total) + peak[..., 0], 3, 1)
+    return Part(out.reshape(q.shape), lse.reshape(batch, length, heads))
+
+
+def merge(parts: list[Part]) -> Float[Array, "B T H E"]:
+    """One softmax out of several: outputs weighted by exp(lse_i - max lse)."""
+    peak = jax.lax.stop_gradient(jnp.stack([part.lse for part in parts]).max(0))
+    weights = [jnp.exp(part.lse - peak)[..., None] for part in parts]
+    return sum(w * part.out for w, part in zip(weights, parts, strict=True)) / sum(weights)
+
+
+def within(lengths: Int[Array, "B T"], size: int) -> Bool[Array, "B T S"]:
+    """Keys before each query's own length."""
+    return jnp.arange(size) < lengths[..., None]
+
+
+def causal(size: int) -> Bool[Array, "1 T T"]:
+    """Keys up to the query's own position; with right padding no valid query ever sees a pad."""
+    positions = jnp.arange(size)
+    return (positions[:, None] >= positions)[None]
+
+
+def in_window(
+    query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "#B #T #S"]:
+    """Keys less than ``window`` positions back (sliding-window attention); None keeps all."""
+    if window is None:
+        return jnp.ones((1, 1, 1), bool)
+    return query_positions[:, :, None] - key_positions[:, None] < window
+
+
+def causal_attention(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    scoring: Scoring,
+    window: int | None = None,
+) -> Float[Array, "B S H E"]:
+    """Attention of a prompt, or of any single row, to itself."""
+    positions = jnp.arange(q.shape[1])[None]
+    keep = causal(q.shape[1]) & in_window(positions, positions, window)
+    return attend(q, k, v, keep, scoring).out
+
+
+def group_attention(
+    q: Float[Array, "P G T H E"],
+    k: Float[Array, "P G N K E"],
+    v: Float[Array, "P G N K E"],
+    prompt_k: Float[Array, "P S K E"],
+    prompt_v: Float[Array, "P S K E"],
+    prompt_lengths: Int[Array, "P G"],
+    own_keep: Bool[Array, "1 T N"],
+    query_positions: Int[Array, " T"],
+    scoring: Scoring,
+    window: int | None = None,
+) -> Float[Array, "P G T H E"]:
+    """Attention of G completions to their one prompt and each to its own past.
+
+    Each completion continues its prompt after ``prompt_lengths`` tokens: the same number for samples of one question,
+    different ones for the answers of one conversation. ``query_positions`` are counted from the completion's first
+    token. In decode T is 1 while k and v are the whole buffer of N, of which ``own_keep`` keeps what has been written.
+    """
+    prompts, group, length = q.shape[:3]
+    rows = prompts * group
+    positions = (prompt_lengths[..., None] + query_positions).reshape(prompts, -1)
+    keep = within(jnp.repeat(prompt_lengths, length, axis=1), prompt_k.shape[1])
+    keep = keep & in_window(positions, jnp.arange(prompt_k.shape[1])[None], window)
+    shared = attend(q.reshape(prompts, group * length, *q.shape[3:]), prompt_k, prompt_v, keep, scoring)
+    own_keep = own_keep & in_window(query_positions[None], jnp.arange(k.shape[2])[None], window)
+    own_q, own_k, own_v = (x.reshape(rows, *x.shape[2:]) for x in (q, k, v))
+    own = attend(own_q, own_k, own_v, own_keep, scoring)
+    shared = Part(shared.out.reshape(own.out.shape), shared.lse.reshape(own.lse.shape))
+    return merge([shared, own]).reshape(q.shape)

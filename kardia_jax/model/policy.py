@@ -1,0 +1,232 @@
+"""The policy as functions of (spec, params): one set of layers for sampler and learner.
+
+A group of G completions shares one prompt, which is run once:
+
+- ``prefill`` gives the prompt's keys and values and its last hidden state,
+- ``decode_step`` adds one token to each of the P x G rows,
+- ``group_logprobs`` scores whole completions, with gradient through the shared prompt; each completion may continue
+  the prompt after a length of its own, so the answers of one conversation share it as samples of one question do,
+- ``logits`` is the plain forward pass of ordinary rows, for conversion checks and as the reference in tests.
+
+Compute happens in ``Compute.dtype``; parameters are float32 masters.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from kardia_jax.model.attention import Scoring, causal, causal_attention, group_attention
+from kardia_jax.model.head import raw_logits, token_logprobs
+from kardia_jax.model.layers import Attend, Block, RMSNorm, rotation
+from kardia_jax.model.spec import ModelSpec
+from kardia_jax.types import Params
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the arithmetic is done; never what is computed."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "block", "dots"] = "block"
+    """Recomputed in the backward pass: nothing, every block, or everything but products with weights."""
+    head_chunk: int = 1024
+    """Completion tokens per slice of the LM head."""
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer while decoding."""
+
+    prompt_k: Float[Array, "P S K E"]
+    prompt_v: Float[Array, "P S K E"]
+    k: Float[Array, "P G T K E"]
+    v: Float[Array, "P G T K E"]
+
+
+def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
+    """Random float32 parameters: normal(0.02) embeddings, fan-in scaled kernels."""
+    block_key, embed_key, head_key = jax.random.split(key, 3)
+    x, turn = jnp.zeros((1, 1, spec.width)), rotation(spec, jnp.zeros((1, 1), int))
+    attend = functools.partial(_attend_prompt, scoring=_scoring(spec))
+
+    def init_block(layer_key: Key[Array, ""]) -> Params:
+        return dict(Block(spec).init(layer_key, x, turn, attend)["params"])
+
+    table = functools.partial(jax.random.normal, shape=(spec.vocab_size, spec.width))
+    params: Params = {
+        "embed": {"embedding": 0.02 * table(embed_key)},
+        "blocks": jax.vmap(init_block)(jax.random.split(block_key, spec.layers)),
+        "final_norm": {"scale": jnp.ones(spec.width)},
+    }
+    if not spec.tied:
+        params["head"] = {"embedding": 0.02 * table(head_key)}
+    return params
+
+
+def head_table(params: Params) -> Float[Array, "V D"]:
+    """The output table: the head's own, or the embedding when tied."""
+    return params.get("head", params["embed"])["embedding"]
+
+
+def layer_slices(spec: ModelSpec, params: Params, dtype: str) -> list[Params]:
+    """The stacked blocks as a list, cast for compute: taken once, outside the decode loop."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i].astype(dtype), params["blocks"]) for i in range(spec.layers)]
+
+
+def logits(
+    spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
+) -> Float[Array, "B S V"]:
+    """Logits of plain right-padded rows, float32, padding rows of the table included; positions from ``lengths`` on
+    mean nothing (causality keeps them from the others)."""
+    del lengths
+    x, _ = _run_prompt(spec, compute, params, tokens)
+    return raw_logits(_final_norm(spec, params, x), head_table(params))
+
+
+def prefill(
+    spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "P S"], lengths: Int[Array, " P"]
+) -> tuple[Float[Array, "P D"], Float[Array, "L P S K E"], Float[Array, "L P S K E"]]:
+    """Runs each prompt once: its last hidden state (after the final norm), keys and values of every layer."""
+    x, (k, v) = _run_prompt(spec, compute, params, tokens)
+    return _final_norm(spec, params, _at(x, lengths[:, None] - 1)[:, 0]), k, v
+
+
+def decode_step(
+    spec: ModelSpec,
+    compute: Compute,
+    params: Params,
+    layers: list[Params],
+    caches: list[LayerCache],
+    prompt_lengths: Int[Array, "P G"],
+    tokens: Int[Array, "P G"],
+    position: Int[Array, ""],
+) -> tuple[Float[Array, "P G D"], list[LayerCache]]:
+    """Feeds the completion token at ``position`` (the same for all rows) and gives the hidden state after it.
+
+    ``layers`` are ``layer_slices`` of the blocks; ``params`` is read for the embedding and the final norm only.
+    """
+    x = _embed(params, tokens[..., None], compute)
+    turn = rotation(spec, prompt_lengths[..., None] + position)
+    written = []
+    for layer, cache in zip(layers, caches, strict=True):
+        attend = functools.partial(
+            _attend_decode, cache=cache, prompt_lengths=prompt_lengths, position=position, scoring=_scoring(spec)
+        )
+        x, cache = Block(spec).apply({"params": layer}, x, turn, attend)
+        written.append(cache)
+    return _final_norm(spec, params, x[:, :, 0]), written
+
+
+def group_hidden(
+    spec: ModelSpec,
+    compute: Compute,
+    params: Params,
+    prompt_tokens: Int[Array, "P S"],
+    prompt_lengths: Int[Array, "P G"],
+    completion_tokens: Int[Array, "P G T"],
+) -> Float[Array, "P G T D"]:
+    """Hidden state that predicts each completion token; the prompt is run once per group, forward and backward."""
+    prompt_turn = rotation(spec, jnp.arange(prompt_tokens.shape[1])[None])
+    turn = rotation(spec, prompt_lengths[..., None] + jnp.arange(completion_tokens.shape[2]))
+    scoring = _scoring(spec)
+
+    def block(carry: tuple[Array, Array], layer: Params) -> tuple[tuple[Array, Array], None]:
+        prompt, completion = carry
+        attend_prompt = functools.partial(_attend_prompt, scoring=scoring)
+        prompt, (k, v) = Block(spec).apply({"params": layer}, prompt, prompt_turn, attend_prompt)
+        attend_group = functools.partial(
+            _attend_group, prompt_k=k, prompt_v=v, prompt_lengths=prompt_lengths, scoring=scoring
+        )
+        completion, _ = Block(spec).apply({"params": layer}, completion, turn, attend_group)
+        return (prompt, completion), None
+
+    start = _embed(params, prompt_tokens, compute), _embed(params, completion_tokens, compute)
+    (prompt, completion), _ = jax.lax.scan(_remat(block, compute), start, params["blocks"])
+    first = _at(prompt, prompt_lengths - 1)
+    return _final_norm(spec, params, jnp.concatenate([first[:, :, None], completion[:, :, :-1]], 2))
+
+
+def group_logprobs(
+    spec: ModelSpec,
+    compute: Compute,
+    params: Params,
+    prompt_tokens: Int[Array, "P S"],
+    prompt_lengths: Int[Array, "P G"],
+    completion_tokens: Int[Array, "P G T"],
+    temperature: Float[Array, ""],
+) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
+    """Log-prob of every completion token and entropy of its distribution (nats) at this temperature."""
+    hidden = group_hidden(spec, compute, params, prompt_tokens, prompt_lengths, completion_tokens)
+    shape = completion_tokens.shape
+    logprobs, entropy = token_logprobs(
+        hidden.reshape(-1, spec.width),
+        head_table(params),
+        completion_tokens.reshape(-1),
+        jnp.asarray(temperature, jnp.float32),
+        spec.sampled_tokens,
+        compute.head_chunk,
+    )
+    return logprobs.reshape(shape), entropy.reshape(shape)
+
+
+def _run_prompt(
+    spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S D"], tuple[Array, Array]]:
+    turn = rotation(spec, jnp.arange(tokens.shape[1])[None])
+    attend = functools.partial(_attend_prompt, scoring=_scoring(spec))
+
+    def block(x: Array, layer: Params) -> tuple[Array, tuple[Array, Array]]:
+        return Block(spec).apply({"params": layer}, x, turn, attend)
+
+    return jax.lax.scan(_remat(block, compute), _embed(params, tokens, compute), params["blocks"])
+
+
+def _attend_prompt(q: Array, k: Array, v: Array, scoring: Scoring) -> tuple[Array, tuple[Array, Array]]:
+    return causal_attention(q, k, v, scoring), (k, v)
+
+
+def _attend_group(
+    q: Array, k: Array, v: Array, prompt_k: Array, prompt_v: Array, prompt_lengths: Array, scoring: Scoring
+) -> tuple[Array, None]:
+    steps = jnp.arange(q.shape[2])
+    return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, causal(q.shape[2]), steps, scoring), None
+
+
+def _attend_decode(
+    q: Array, k: Array, v: Array, cache: LayerCache, prompt_lengths: Array, position: Array, scoring: Scoring
+) -> tuple[Array, LayerCache]:
+    at = (0, 0, position, 0, 0)
+    cache = cache._replace(
+        k=jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
+        v=jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
+    )
+    written = (jnp.arange(cache.k.shape[2]) <= position)[None, None]
+    prompt = (cache.prompt_k, cache.prompt_v, prompt_lengths)
+    out = group_attention(q, cache.k, cache.v, *prompt, written, position[None], scoring)
+    return out, cache
+
+
+def _scoring(spec: ModelSpec) -> Scoring:
+    return Scoring(scale=spec.head_dim**-0.5)
+
+
+def _embed(params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
+    return params["embed"]["embedding"][tokens].astype(compute.dtype)
+
+
+def _final_norm(spec: ModelSpec, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    return RMSNorm(spec.norm_epsilon).apply({"params": params["final_norm"]}, x)
+
+
+def _at(x: Float[Array, "B S D"], index: Int[Array, "B N"]) -> Float[Array, "B N D"]:
+    return jnp.take_along_axis(x, index[..., None], 1)
+
+
+def _remat(block, compute: Compute):
+    if compute.remat == "none":
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
+    return jax.checkpoint(block, policy=policy, prevent_cse=False)

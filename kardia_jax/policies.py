@@ -1,0 +1,140 @@
+"""A policy as a unit: spec, parameters, tokenizer and the ids that end a completion.
+
+It comes from a built-in random shape or a local Hugging Face directory:
+
+    policy = load_policy(ModelConfig(source="demo-qwen3"), seed=0)
+    policy = load_policy(ModelConfig(source="runs/demo/hf"), seed=0)
+
+The eight span tags are single tokens. Where a tokenizer lacks them they are added, inside the table's spare rows when
+it has room and by growing the table otherwise; their rows start from the mean of the table.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kardia_jax.config import ConfigError, ModelConfig
+from kardia_jax.dialogue.mini import tokenizer_dir
+from kardia_jax.dialogue.spans import END_TAG, TAGS
+from kardia_jax.hf.read import load_params
+from kardia_jax.keys import Purpose, key_for
+from kardia_jax.model.policy import init
+from kardia_jax.model.shapes import named_shape
+from kardia_jax.model.spec import ModelSpec
+from kardia_jax.types import Params
+
+
+class Policy(NamedTuple):
+    """Everything that sampling, training and export need."""
+
+    spec: ModelSpec
+    params: Params
+    """Float32 masters."""
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+    """Ids that end a turn: the tokenizer's and the model's end-of-sequence tokens."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion: the end of a turn, or the end tag of the response."""
+        return (*self.end_ids, token_id(self.tokenizer, END_TAG))
+
+    @property
+    def pad_id(self) -> int:
+        """What stands behind a row; never read, since lengths say where a row ends."""
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) else self.end_ids[0]
+
+    @property
+    def silent_ids(self) -> frozenset[int]:
+        """Ids that are dropped when a completion is decoded: ends of turn and padding. Span tags stay."""
+        return frozenset((*self.end_ids, self.pad_id))
+
+
+def load_policy(config: ModelConfig, seed: int) -> Policy:
+    """The policy that the config names; errors say what was wanted and what the directory holds."""
+    folder = pathlib.Path(config.source)
+    if folder.is_dir():
+        return _from_directory(folder, config)
+    if len(folder.parts) > 1:
+        fix = "Import a checkpoint there first, or name a built-in shape (`kardia doctor` lists them)."
+        raise ConfigError("model.source", "a local Hugging Face directory", config.source, fix)
+    spec = named_shape(config.source)
+    tokenizer = load_tokenizer(config.tokenizer)
+    params = init(spec, key_for(seed, Purpose.INIT))
+    return _assembled(spec, params, tokenizer, frozenset())
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The shipped tokenizer (`mini`) or one from a local directory."""
+    folder = tokenizer_dir() if source == "mini" else pathlib.Path(source)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ConfigError("model.tokenizer", "mini or a directory with tokenizer_config.json", source)
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of a token that has one of its own."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), f"{token} has no id of its own"
+    return found
+
+
+def add_tags(
+    spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ModelSpec, Params, PreTrainedTokenizerBase]:
+    """Makes the eight span tags single tokens; does nothing where they are."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [tag for tag in TAGS if tag not in vocabulary]
+    if not missing:
+        return spec, params, tokenizer
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    rows = max(spec.vocab_size, len(tokenizer))
+    grown = params | {
+        name: {"embedding": _with_new_rows(params[name]["embedding"], known, len(tokenizer), rows)}
+        for name in ("embed", "head")
+        if name in params
+    }
+    return dataclasses.replace(spec, vocab_size=rows), grown, tokenizer
+
+
+def _with_new_rows(table: Float[Array, "V D"], known: int, tokens: int, rows: int) -> Float[Array, "W D"]:
+    """Rows ``known`` to ``tokens`` become the mean of the known rows; the table grows to ``rows``."""
+    table = jnp.pad(jnp.asarray(table), ((0, rows - table.shape[0]), (0, 0)))
+    return table.at[known:tokens].set(table[:known].mean(0))
+
+
+def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
+    if not (folder / "config.json").is_file():
+        fix = "Give a directory as written by save_pretrained or by `kardia export`."
+        raise ConfigError("model.source", "a directory with config.json", config.source, fix)
+    spec = ModelSpec.from_hf(json.loads((folder / "config.json").read_text("utf-8")))
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(folder) if has_tokenizer else config.tokenizer)
+    params = jax.tree.map(jnp.asarray, load_params(folder, spec))
+    return _assembled(spec, params, tokenizer, _generation_ends(folder))
+
+
+def _assembled(
+    spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]
+) -> Policy:
+    spec = spec.with_tokens(len(tokenizer))
+    spec, params, tokenizer = add_tags(spec, params, tokenizer)
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ConfigError("model.tokenizer", "a tokenizer with an eos_token that ends a turn", None)
+    ends |= {tokenizer.eos_token_id} - {token_id(tokenizer, END_TAG)}
+    return Policy(spec.with_tokens(len(tokenizer)), params, tokenizer, tuple(sorted(ends)))
+
+
+def _generation_ends(folder: pathlib.Path) -> frozenset[int]:
+    """``eos_token_id`` of generation_config.json: models such as Qwen stop at more ids than their tokenizer names."""
+    file = folder / "generation_config.json"
+    ends = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+    return frozenset([ends] if isinstance(ends, int) else ends or [])

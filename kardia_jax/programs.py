@@ -1,0 +1,77 @@
+"""The three compiled programs - generate, score, update - made here and nowhere else.
+
+Everything under them is a plain function; this is the only place of the training path that says ``jax.jit``. Shapes
+that vary (prompt and completion length) are padded to few sizes by the callers, temperatures and filters are arrays,
+so a run compiles each program once per pair of sizes.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from kardia_jax.config import ModelConfig
+from kardia_jax.grpo.update import Forward, Objective, Update, make_update
+from kardia_jax.model.policy import Compute, group_logprobs
+from kardia_jax.model.spec import ModelSpec
+from kardia_jax.rollout.sampler import generate
+from kardia_jax.types import GroupBatch, Params, Rollouts
+
+Generate = Callable[..., Rollouts]
+Score = Callable[[Params, GroupBatch, Float[Array, ""]], tuple[Array, Array]]
+
+
+def compute_for(config: ModelConfig) -> Compute:
+    """The compute settings of this machine: ``auto`` is float32 on CPU and bfloat16 elsewhere."""
+    if config.dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    else:
+        dtype = config.dtype
+    return Compute(dtype, config.remat, config.head_chunk)
+
+
+def make_generate(spec: ModelSpec, compute: Compute) -> Generate:
+    """``rollout.sampler.generate`` without its first two arguments; ``max_new_tokens`` is static."""
+    return jax.jit(functools.partial(generate, spec, compute), static_argnames="max_new_tokens")
+
+
+def score(
+    spec: ModelSpec, compute: Compute, params: Params, batch: GroupBatch, temperature: Float[Array, ""]
+) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
+    """Log-prob and entropy of every completion token of a batch (nats)."""
+    return group_logprobs(
+        spec,
+        compute,
+        params,
+        batch.prompt_tokens,
+        batch.prompt_lengths,
+        batch.completion_tokens,
+        temperature,
+    )
+
+
+def make_score(spec: ModelSpec, compute: Compute) -> Score:
+    """``score`` compiled: (params, batch, temperature) -> (logprobs, entropy)."""
+    return jax.jit(functools.partial(score, spec, compute))
+
+
+def _forward(
+    spec: ModelSpec, compute: Compute, temperature: float, params: Params, batch: GroupBatch
+) -> tuple[Array, Array]:
+    return score(spec, compute, params, batch, jnp.float32(temperature))
+
+
+def make_compiled_update(
+    spec: ModelSpec,
+    compute: Compute,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    temperature: float,
+    micro_batches: int,
+) -> Update:
+    """One update, compiled; the state is donated, so the caller must not use the old one again."""
+    forward: Forward = functools.partial(_forward, spec, compute, temperature)
+    return jax.jit(make_update(forward, objective, optimizer, micro_batches), donate_argnums=0)

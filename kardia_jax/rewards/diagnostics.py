@@ -1,0 +1,103 @@
+"""Signs of reward hacking in a batch of completions: pure functions for the training loop's metrics.
+
+Policies that learn to please a rubric start alike, end alike, repeat themselves and grow. In: the replies of
+one step with their lengths, rewards and scores. Out: plain floats; NaN where a number is not defined.
+
+>>> replies = ["I hear you. Rest now.", "I hear you. Call her.", "Congratulations on the job."]
+>>> shared_share([opener(reply) for reply in replies])   # two of three start with "i hear you"
+0.6666666666666666
+>>> repetition("so so so so so", n=3)                    # one distinct 3-gram of three
+0.6666666666666667
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from kardia_jax.rewards.combine import Scores
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean and population standard deviation of ``count`` numbers."""
+
+    mean: float
+    std: float
+    count: int
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return [match.group().lower() for match in _WORD.finditer(text)]
+
+
+def opener(reply: str, size: int = 3) -> str:
+    """The first words of a reply."""
+    return " ".join(words(reply)[:size])
+
+
+def closer(reply: str, size: int = 3) -> str:
+    """The last words of a reply."""
+    return " ".join(words(reply)[-size:])
+
+
+def shared_share(texts: Sequence[str]) -> float:
+    """The share of the most common text: 1 / n when all differ, 1 when all are the same."""
+    if not texts:
+        return float("nan")
+    return Counter(texts).most_common(1)[0][1] / len(texts)
+
+
+def distinct_share(replies: Sequence[str]) -> float:
+    """Distinct replies over replies, case and punctuation aside."""
+    if not replies:
+        return float("nan")
+    return len({" ".join(words(reply)) for reply in replies}) / len(replies)
+
+
+def repetition(reply: str, n: int = 3) -> float:
+    """1 - distinct n-grams / n-grams of one reply; 0 for a reply of fewer than n words."""
+    heard = words(reply)
+    grams = [tuple(heard[start : start + n]) for start in range(len(heard) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def length_reward_correlation(
+    lengths_N: Float[np.ndarray, " N"], rewards_N: Float[np.ndarray, " N"], valid_N: Bool[np.ndarray, " N"]
+) -> float:
+    """Pearson's r of length and reward over valid rows; NaN below two rows or when either is constant."""
+    lengths, rewards = lengths_N[valid_N].astype(np.float64), rewards_N[valid_N].astype(np.float64)
+    if len(lengths) < 2 or np.all(lengths == lengths[0]) or np.all(rewards == rewards[0]):
+        return float("nan")
+    return float(np.corrcoef(lengths, rewards)[0, 1])
+
+
+def criterion_statistics(scores: Sequence[Scores]) -> dict[str, Statistic]:
+    """Mean and spread of each criterion's marks over the completions that have a verdict."""
+    marks: dict[str, list[float]] = {}
+    for score in scores:
+        for name, mark in (score.marks or {}).items():
+            marks.setdefault(name, []).append(mark)
+    return {name: Statistic(float(np.mean(got)), float(np.std(got)), len(got)) for name, got in marks.items()}
+
+
+def hacking_signs(
+    replies: Sequence[str],
+    lengths_N: Float[np.ndarray, " N"],
+    rewards_N: Float[np.ndarray, " N"],
+    valid_N: Bool[np.ndarray, " N"],
+) -> dict[str, float]:
+    """The metrics of a step: ``replies`` of the well-formed completions, arrays over all N completions."""
+    return {
+        "shared_opener_share": shared_share([opener(reply) for reply in replies]),
+        "shared_closer_share": shared_share([closer(reply) for reply in replies]),
+        "distinct_reply_share": distinct_share(replies),
+        "repetition": float(np.mean([repetition(reply) for reply in replies])) if replies else float("nan"),
+        "length_reward_correlation": length_reward_correlation(lengths_N, rewards_N, valid_N),
+    }

@@ -1,0 +1,93 @@
+"""From prompts to sampled texts: padding to few shapes, one call of the compiled sampler, decoding.
+
+``Sampled`` keeps the device's arrays for the learner and, for the rewards, the ids and texts exactly as drawn.
+"""
+
+from collections.abc import Callable, Sequence, Set
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, Key
+from transformers import PreTrainedTokenizerBase
+
+from kardia_jax.dialogue.pipeline import length_buckets
+from kardia_jax.dialogue.prompt import decode_completion
+from kardia_jax.rollout.sampling import Controls
+from kardia_jax.types import Params, Rollouts
+
+SHORTEST = 16
+"""Smallest padded length, tokens: below it a new shape saves nothing."""
+
+
+class Sampler(NamedTuple):
+    """The compiled sampler and what belongs to the tokenizer it serves."""
+
+    generate: Callable[..., Rollouts]
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    silent_ids: Set[int]
+    pad_id: int
+
+
+class Sampled(NamedTuple):
+    """G completions of each of P prompts."""
+
+    prompt_tokens: Int[np.ndarray, "P S"]
+    prompt_lengths: Int[np.ndarray, " P"]
+    rollouts: Rollouts
+    """Device arrays, cut to the bucket of the longest completion."""
+    lengths_P_G: Int[np.ndarray, "P G"]
+    texts_P_G: list[list[str]]
+    """Decoded with span tags, without end-of-turn and padding."""
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[np.ndarray, "N S"], Int[np.ndarray, " N"]]:
+    """Right-padded to the bucket of the longest row, with lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.full((len(rows), length_buckets(max(SHORTEST, int(lengths.max())))), pad_id, np.int32)
+    for place, row in zip(tokens, rows, strict=True):
+        place[: len(row)] = row
+    return tokens, lengths
+
+
+def sample(
+    sampler: Sampler,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    keys: Key[jax.Array, "P G"],
+    controls: Controls,
+    max_new_tokens: int,
+) -> Sampled:
+    """Samples one completion per key; blocks until the tokens are on the host."""
+    prompt_tokens, prompt_lengths = pad_rows(prompts, sampler.pad_id)
+    rollouts = sampler.generate(
+        params,
+        prompt_tokens,
+        prompt_lengths,
+        keys,
+        controls,
+        jnp.array(sampler.stop_ids, jnp.int32),
+        jnp.int32(sampler.pad_id),
+        max_new_tokens=max_new_tokens,
+    )
+    tokens, lengths = jax.device_get((rollouts.tokens, rollouts.lengths))
+    texts = [
+        [
+            decode_completion(sampler.tokenizer, row[:n].tolist(), sampler.silent_ids)
+            for row, n in zip(group, ns, strict=True)
+        ]
+        for group, ns in zip(tokens, lengths, strict=True)
+    ]
+    used = min(length_buckets(max(SHORTEST, int(lengths.max()))), max_new_tokens)
+    return Sampled(prompt_tokens, prompt_lengths, _cut(rollouts, used), lengths, texts)
+
+
+def _cut(rollouts: Rollouts, length: int) -> Rollouts:
+    """The first ``length`` positions: what lies behind is padding in every row."""
+    return rollouts._replace(
+        tokens=rollouts.tokens[..., :length],
+        sampler_logprobs=rollouts.sampler_logprobs[..., :length],
+        tempered_logprobs=rollouts.tempered_logprobs[..., :length],
+    )

@@ -1,0 +1,103 @@
+"""Drawing one token per row: filters, the draw itself, and its log-prob under two distributions.
+
+All controls are arrays, so changing them compiles nothing. The filters apply in the order temperature, top-k, top-p
+(on what top-k left), min-p, as in transformers; tokens that tie with the last one kept are kept too.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from kardia_jax.config import SamplerConfig
+
+BLOCK = 128
+"""Tokens per block of the two-level draw."""
+
+
+class Controls(NamedTuple):
+    """How to draw, as arrays; the same for all rows."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+
+    @classmethod
+    def from_config(cls, config: SamplerConfig) -> "Controls":
+        """The config's numbers on the device."""
+        number = jnp.float32
+        temperature, top_p, min_p = number(config.temperature), number(config.top_p), number(config.min_p)
+        return cls(temperature, jnp.int32(config.top_k), top_p, min_p)
+
+
+class Draw(NamedTuple):
+    """One token per row."""
+
+    token: Int[Array, " N"]
+    sampler_logprob: Float[Array, " N"]
+    """Under the distribution drawn from: filtered and renormalised; 0 for greedy."""
+    tempered_logprob: Float[Array, " N"]
+    """Under softmax(logits / temperature), nothing filtered; temperature 1 for greedy."""
+
+
+def draw(logits: Float[Array, "N V"], keys: Key[Array, " N"], controls: Controls) -> Draw:
+    """Draws from softmax(logits / temperature) after the filters; temperature 0 takes the most likely token."""
+    greedy = controls.temperature == 0
+    z = logits / jnp.where(greedy, 1.0, controls.temperature)
+    filtering = (controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)
+    # The sort behind the filters costs more than the rest of the draw: skipped at run time when nothing filters.
+    floor = jax.lax.cond(filtering & ~greedy, filter_floor, _no_floor, z, controls)
+    kept = jnp.where(z >= floor[:, None], z, -jnp.inf)
+    peak = z.max(-1, keepdims=True)
+    uniform = jax.vmap(jax.random.uniform)(keys)
+    sampled = inverse_cdf(jnp.exp(kept - peak), uniform)
+    token = jnp.where(greedy, z.argmax(-1), sampled)
+    chosen = jnp.take_along_axis(z, token[:, None], 1)[:, 0]
+    sampler_logprob = jnp.where(greedy, 0.0, chosen - jax.nn.logsumexp(kept, -1))
+    return Draw(token, sampler_logprob, chosen - jax.nn.logsumexp(z, -1))
+
+
+def filter_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
+    """The smallest scaled logit that top-k, top-p and min-p all keep."""
+    ranked = jnp.sort(z, -1, descending=True)
+    size = z.shape[-1]
+    top_k = jnp.where(controls.top_k > 0, jnp.minimum(controls.top_k, size), size)
+    in_top_k = jnp.arange(size) < top_k
+    p = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), -1)
+    before = jnp.cumsum(p, -1) - p
+    # The most likely token always stays, whatever rounding does to its own cumulative sum.
+    keep = in_top_k & ((before < controls.top_p) | (jnp.arange(size) == 0))
+    nucleus = jnp.where(keep, ranked, jnp.inf).min(-1)
+    return jnp.maximum(nucleus, ranked[:, 0] + jnp.log(controls.min_p))
+
+
+def _no_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
+    del controls
+    return jnp.full(z.shape[:1], -jnp.inf, z.dtype)
+
+
+def inverse_cdf(weights: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
+    """The token at which the running sum of ``weights`` first exceeds uniform * total; its weight is above 0.
+
+    One uniform number per row is exact and far cheaper than Gumbel noise over the vocabulary. Two levels - blocks,
+    then inside one block - keep the running sums short, which is both faster and closer to exact.
+    """
+    rows, size = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -size % BLOCK))).reshape(rows, -1, BLOCK)
+    target = uniform * blocks.sum((1, 2))
+    sums = blocks.sum(-1)
+    upto = jnp.cumsum(sums, -1)
+    block = _first_above(upto, target, sums)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+    start = jnp.take_along_axis(upto - sums, block[:, None], 1)[:, 0]
+    return block * BLOCK + _first_above(jnp.cumsum(inside, -1), target - start, inside)
+
+
+def _first_above(running: Float[Array, "N M"], target: Float[Array, " N"], own: Float[Array, "N M"]) -> Int[Array, " N"]:
+    """First index with running > target and own > 0; when rounding leaves none, the last index with own > 0."""
+    positive = own > 0
+    hit = positive & (running > target[:, None])
+    last = own.shape[1] - 1 - jnp.argmax(positive[:, ::-1], -1)
+    return jnp.where(hit.any(-1), jnp.argmax(hit, -1), last)

@@ -1,0 +1,140 @@
+"""The folder of a run: where it starts, what it writes after each step, and when it saves.
+
+    runs/x/config.json       the resolved config
+    runs/x/checkpoints/120   state after update 120, complete or absent
+    runs/x/metrics.jsonl     one line per step
+    runs/x/rollouts.jsonl    sampled completions with every score (grpo)
+    runs/x/hf                the trained policy as a Hugging Face directory
+
+A resumed run starts from the newest checkpoint, cuts both files back to its step and writes them again, the same.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
+from kardia_jax.config import Config, ConfigError, RunConfig, flat, to_json
+from kardia_jax.observe.console import TrainingConsole
+from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
+from kardia_jax.observe.phases import PhaseTimer
+from kardia_jax.observe.trackers import Tracker, open_trackers
+from kardia_jax.types import TrainState
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the newest checkpoint is intact."""
+
+
+@dataclasses.dataclass
+class Run:
+    """Open files and the terminal of one run; made by ``open_run``."""
+
+    config: RunConfig
+    saved_config: dict[str, Any]
+    steps: int
+    first_step: int
+    state: TrainState
+    """Where the loop starts: fresh, or restored."""
+    timer: PhaseTimer
+    console: TrainingConsole
+    trackers: list[Tracker]
+    rollouts: JsonlWriter
+    checkpoints: Checkpoints
+
+    def finish_step(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: Mapping[str, float],
+        rollouts: Sequence[Mapping[str, object]] = (),
+        save: bool = False,
+    ) -> None:
+        """Reports step ``step`` (counted from 1) and saves when it is time, or when ``save`` says so."""
+        if save or due(step, self.config.save_every, self.steps):
+            with self.timer.phase("save"):
+                self.checkpoints.save(step, state, {"config": self.saved_config})
+        seconds = self.timer.take()
+        metrics = {**metrics, "tokens_per_second": metrics.get("tokens", 0.0) / max(sum(seconds.values()), 1e-9)}
+        self.rollouts.write(step, *rollouts)
+        for tracker in self.trackers:
+            tracker.log(step, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
+        self.console.update(step, metrics, seconds)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Is it time: every so many steps, and at the end."""
+    return step % every == 0 or step == last
+
+
+@contextmanager
+def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterator[Run]:
+    """Starts a run at its first step, or where its newest checkpoint stands with ``run.resume``."""
+    folder = config.run.dir
+    saved_config = comparable(config)
+    state, first_step = _start(config, saved_config, fresh)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        truncate_after(folder / name, first_step)
+    (folder / "config.json").write_text(to_json(config), "utf-8")
+    trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
+    console = TrainingConsole(verb, steps, first_step, live=config.run.console)
+    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
+    with JsonlWriter(folder / "rollouts.jsonl") as rollouts, checkpoints, console:
+        try:
+            yield Run(
+                config.run,
+                saved_config,
+                steps,
+                first_step,
+                state,
+                PhaseTimer(),
+                console,
+                trackers,
+                rollouts,
+                checkpoints,
+            )
+        finally:
+            for tracker in trackers:
+                tracker.close()
+
+
+def comparable(config: Config) -> dict[str, Any]:
+    """What must not change between a run and its resumption: everything but the run's own bookkeeping and evaluation."""
+    tree = json.loads(to_json(config))
+    return {name: part for name, part in tree.items() if name not in ("run", "eval")} | {"seed": config.run.seed}
+
+
+def check_progress(state: TrainState, allowed: int, where: str) -> None:
+    """Stops a run whose gradients are not finite any more; the parameters are those before the first bad one."""
+    bad = int(state.bad_steps)
+    if bad >= allowed:
+        fix = f"Lower {where}.learning_rate or clip_norm and resume from the newest checkpoint."
+        raise TrainingError(f"{where}.max_bad_steps: {bad} updates in a row had a gradient that is not finite. {fix}")
+
+
+def _start(config: Config, saved_config: dict[str, Any], fresh: TrainState) -> tuple[TrainState, int]:
+    folder = config.run.dir / "checkpoints"
+    if not config.run.resume:
+        refuse_existing(folder)
+        return fresh, 0
+    restored = restore_latest(folder, jax.eval_shape(lambda: fresh))
+    if restored is None:
+        fix = "Start without --run.resume."
+        raise CheckpointError(f"run.resume: wanted a complete checkpoint in {folder}, got none. {fix}")
+    _require_same(restored.extra["config"], saved_config)
+    return restored.state, restored.step
+
+
+def _require_same(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> None:
+    for name in sorted({*saved, *now}):
+        before, after = saved.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            _require_same(before, after, f"{prefix}{name}.")
+        elif before != after:
+            fix = "A resumed run must be the same run; start a new run.dir to change it."
+            raise ConfigError(f"{prefix}{name}", f"{before!r} as in the checkpoint", after, fix)

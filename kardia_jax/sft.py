@@ -1,0 +1,95 @@
+"""Supervised warm start: the GRPO update with another objective.
+
+In: a config and a policy. Out: the policy trained on every assistant turn of the training dialogues, each with its
+history. The answers of one conversation are a group: they share the conversation, which is run once, and each continues
+it from its own turn. Batches are padded to few sizes, so a handful of shapes is compiled.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from kardia_jax.config import Config
+from kardia_jax.dialogue.dataset import load_dialogues
+from kardia_jax.dialogue.pipeline import batches
+from kardia_jax.dialogue.prompt import Example, examples_of, load_system_prompt
+from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
+from kardia_jax.grpo.update import init_state, sft_objective
+from kardia_jax.observe.measures import to_host, values
+from kardia_jax.policies import Policy
+from kardia_jax.programs import compute_for, make_compiled_update
+from kardia_jax.rollout.engine import pad_rows
+from kardia_jax.run import check_progress, open_run
+from kardia_jax.types import GroupBatch
+
+
+def train_sft(config: Config, policy: Policy) -> Policy:
+    """Minimises the token-mean negative log-likelihood of the answers; returns the trained policy."""
+    # ---- Data
+    loaded = load_dialogues(config.data, "train")
+    examples = examples_of(
+        loaded.dialogues, policy.tokenizer, config.data, load_system_prompt(config.data.system_prompt)
+    )
+    groups = conversations(examples.examples)
+    answers = max(len(group) for group in groups)
+    order = batches(groups, config.sft.batch, config.run.seed)
+    steps = order.steps_for(config.sft.epochs)
+
+    # ---- Program and state
+    optimizer = make_optimizer(config.sft.optimizer, steps)
+    rate = learning_rate(config.sft.optimizer, steps)
+    compute = compute_for(config.model)
+    update = make_compiled_update(
+        policy.spec, compute, sft_objective, optimizer, temperature=1.0, micro_batches=config.sft.micro_batches
+    )
+
+    # ---- Loop
+    with open_run(config, "sft", steps, init_state(policy.params, optimizer)) as run:
+        state = run.state
+        run.console.message(f"sft: {loaded.summary()}; {len(examples.examples)} answers in {len(groups)} groups, {examples.skipped} skipped")
+        for step in range(run.first_step, steps):
+            with run.timer.phase("batch"):
+                batch = sft_batch(order[step], answers, policy.pad_id)
+            with run.timer.phase("update"):
+                state, means = update(state, batch)
+                metrics = values(to_host(means))
+            check_progress(state, config.sft.optimizer.max_bad_steps, "sft.optimizer")
+            tokens = float(batch.prompt_lengths.max(1).sum() + batch.completion_lengths.sum())
+            run.finish_step(step + 1, state, {**metrics, "learning_rate": float(rate(step)), "tokens": tokens})
+    return policy._replace(params=state.params)
+
+
+def conversations(examples: Sequence[Example]) -> list[list[Example]]:
+    """Neighbouring examples whose prompts continue each other: the answers of one conversation, which is run once.
+
+    With prompts ``a``, ``a b`` and ``c`` these are [[a, a b], [c]]. A template that rewrites earlier turns gives groups
+    of one, which is as right and only slower.
+    """
+    groups: list[list[Example]] = []
+    for example in examples:
+        before = groups[-1][-1].prompt if groups else None
+        prompt = example.prompt
+        joins = before is not None and before.dialogue is prompt.dialogue
+        if before is not None and joins and prompt.tokens[: len(before.tokens)] == before.tokens:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return groups
+
+
+def sft_batch(groups: Sequence[Sequence[Example]], size: int, pad_id: int) -> GroupBatch:
+    """Conversations with up to ``size`` answers each, right-padded; rows without an answer are left out of the loss."""
+    prompt_tokens, _ = pad_rows([group[-1].prompt.tokens for group in groups], pad_id)
+    rows = [[*group, *[None] * (size - len(group))] for group in groups]
+    flat = [example for row in rows for example in row]
+    tokens, lengths = pad_rows([() if example is None else example.completion_tokens for example in flat], pad_id)
+    starts = [1 if example is None else len(example.prompt.tokens) for example in flat]
+    shape = (len(groups), size)
+    return GroupBatch(
+        prompt_tokens=jnp.asarray(prompt_tokens),
+        prompt_lengths=jnp.array(starts).reshape(shape),
+        completion_tokens=jnp.asarray(tokens.reshape(*shape, -1)),
+        completion_lengths=jnp.asarray(lengths.reshape(shape)),
+        advantages=jnp.ones(shape),
+        loss_rows=jnp.array([example is not None for example in flat]).reshape(shape),
+    )

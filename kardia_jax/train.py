@@ -1,0 +1,207 @@
+"""GRPO against a rubric judge: sample groups, grade them, update.
+
+In: a config, a policy to start from, a grader. Out: the trained policy. The policy that comes in stays as the reference
+when ``beta`` is above 0. Every random choice is derived from (seed, step, prompt, sample), so the loop holds no
+random state and a resumed run repeats an uninterrupted one bit for bit.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kardia_jax.config import Config, ConfigError, GrpoConfig
+from kardia_jax.dialogue.dataset import load_dialogues
+from kardia_jax.dialogue.pipeline import batches
+from kardia_jax.dialogue.prompt import load_system_prompt, prompts_of
+from kardia_jax.dialogue.spans import Spans
+from kardia_jax.grpo.advantages import group_advantages, group_diagnostics, soft_overlong_penalty
+from kardia_jax.grpo.losses import entropy_floor, make_loss
+from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
+from kardia_jax.grpo.update import completion_mask, grpo_objective, init_state
+from kardia_jax.keys import Purpose, row_keys
+from kardia_jax.observe.measures import merge, to_host, values
+from kardia_jax.policies import Policy
+from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score
+from kardia_jax.rewards.diagnostics import hacking_signs
+from kardia_jax.rollout.engine import Sampled, Sampler, sample
+from kardia_jax.rollout.sampling import Controls
+from kardia_jax.run import check_progress, open_run
+from kardia_jax.scoring import Graded, Grader, check_failures, grade, reward_metrics, rollout_rows
+from kardia_jax.types import GroupBatch, Params
+
+
+def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
+    """Runs the loop of the config; returns the trained policy."""
+    grpo, seed = config.grpo, config.run.seed
+    check_budget(config, policy)
+
+    # ---- Data
+    loaded = load_dialogues(config.data, "train")
+    system_prompt = load_system_prompt(config.data.system_prompt)
+    prompts = prompts_of(loaded.dialogues, policy.tokenizer, config.data, system_prompt)
+    order = batches(range(len(prompts.prompts)), grpo.prompts, seed)
+    steps = grpo.steps if grpo.steps is not None else order.steps_for(grpo.epochs)
+
+    # ---- Programs
+    compute = compute_for(config.model)
+    sampler = Sampler(
+        make_generate(policy.spec, compute), policy.tokenizer, policy.stop_ids, policy.silent_ids, policy.pad_id
+    )
+    score = make_score(policy.spec, compute)
+    updates = steps * grpo.minibatches * grpo.passes
+    optimizer = make_optimizer(grpo.optimizer, updates)
+    rate = learning_rate(grpo.optimizer, updates)
+    objective = grpo_objective(make_loss(grpo.loss, grpo.sampler.max_new_tokens))
+    update = make_compiled_update(
+        policy.spec, compute, objective, optimizer, grpo.sampler.temperature, grpo.micro_batches
+    )
+    controls = Controls.from_config(grpo.sampler)
+
+    # ---- State
+    fresh = init_state(policy.params, optimizer)
+    reference = policy.params if grpo.loss.beta > 0 else None
+
+    # ---- Loop
+    with open_run(config, "grpo", steps, fresh) as run:
+        state, timer = run.state, run.timer
+        run.console.message(f"grpo: {loaded.summary()}; {len(prompts.prompts)} prompts, {prompts.skipped} skipped")
+        for step in range(run.first_step, steps):
+            # ---- Sample
+            with timer.phase("rollout"):
+                ids = order[step]
+                asked = [prompts.prompts[i] for i in ids]
+                keys = row_keys(seed, Purpose.ROLLOUT, step, jnp.array(ids), grpo.group)
+                rows = [prompt.tokens for prompt in asked]
+                sampled = sample(sampler, state.params, rows, keys, controls, grpo.sampler.max_new_tokens)
+            # ---- Grade; the device works on the reference meanwhile
+            batch = rollout_batch(sampled, grpo)
+            batch = with_logprobs(batch, score, state.params, reference, grpo)
+            with timer.phase("judge"):
+                graded = grade(grader, asked, sampled.texts_P_G)
+                check_failures(graded, config.judge)
+            with timer.phase("reference"):
+                jax.block_until_ready(batch)
+            # ---- Learn
+            advantages, signal = advantages_of(graded, sampled, config)
+            batch = batch._replace(
+                advantages=advantages, loss_rows=batch.loss_rows & enough_verdicts(graded, config.judge.min_valid)
+            )
+            with timer.phase("update"):
+                parts = []
+                for part in minibatches(batch, grpo):
+                    state, means = update(state, part)
+                    parts.append(to_host(means))
+            check_progress(state, grpo.optimizer.max_bad_steps, "grpo.optimizer")
+            # ---- Report
+            metrics = {
+                **values(merge(parts)),
+                **reward_metrics(graded),
+                **signal,
+                **rollout_metrics(sampled, graded),
+                "learning_rate": float(rate(int(state.step) - 1)),
+            }
+            shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
+            rows = list(rollout_rows(asked[shown], sampled.texts_P_G[shown], graded))
+            run.finish_step(step + 1, state, metrics, rows)
+    return policy._replace(params=state.params)
+
+
+def check_budget(config: Config, policy: Policy) -> None:
+    """Refuses prompts and completions that together outrun the model's positions."""
+    wanted = config.data.max_prompt_tokens + config.grpo.sampler.max_new_tokens
+    if wanted > policy.spec.max_positions:
+        fix = "Lower data.max_prompt_tokens or grpo.sampler.max_new_tokens."
+        room = f"at most the model's {policy.spec.max_positions} positions with the completion"
+        raise ConfigError("data.max_prompt_tokens", room, wanted, fix)
+
+
+def rollout_batch(sampled: Sampled, grpo: GrpoConfig) -> GroupBatch:
+    """What is known of a batch before it is graded."""
+    rollouts = sampled.rollouts
+    # Filtered sampling is corrected for by the weights if one is asked for; otherwise the learner's own distribution
+    # is compared, so that the mismatch metric shows disagreement between programs alone.
+    corrected = grpo.loss.correction != "none" or grpo.loss.off_policy_threshold is not None
+    return GroupBatch(
+        prompt_tokens=jnp.asarray(sampled.prompt_tokens),
+        prompt_lengths=jnp.broadcast_to(sampled.prompt_lengths[:, None], rollouts.lengths.shape),
+        completion_tokens=rollouts.tokens,
+        completion_lengths=rollouts.lengths,
+        advantages=jnp.zeros(rollouts.lengths.shape),
+        loss_rows=rollouts.stopped | (not grpo.loss.mask_truncated),
+        sampler_logprobs=rollouts.sampler_logprobs if corrected else rollouts.tempered_logprobs,
+    )
+
+
+def with_logprobs(
+    batch: GroupBatch, score: Score, params: Params, reference: Params | None, grpo: GrpoConfig
+) -> GroupBatch:
+    """Adds old and reference log-probs and the entropy floor, each only where the loss will read it.
+
+    With one update per rollout the ratio is 1 by definition and old log-probs are not computed.
+    """
+    temperature = jnp.float32(grpo.sampler.temperature)
+    if reference is not None:
+        batch = batch._replace(ref_logprobs=score(reference, batch, temperature)[0])
+    several = grpo.minibatches * grpo.passes > 1
+    if several or grpo.loss.top_entropy < 1:
+        old, entropy = score(params, batch, temperature)
+        batch = batch._replace(old_logprobs=old if several else None)
+        if grpo.loss.top_entropy < 1:
+            floor = entropy_floor(entropy, completion_mask(batch), grpo.loss.top_entropy)
+            batch = batch._replace(entropy_floor=floor)
+    return batch
+
+
+def minibatches(batch: GroupBatch, grpo: GrpoConfig) -> list[GroupBatch]:
+    """The updates of one step. The first is on-policy, so its ratio is 1 by definition, not up to rounding."""
+    size = grpo.prompts // grpo.minibatches
+
+    def cut(start: int) -> GroupBatch:
+        return jax.tree.map(lambda x: x if x.ndim == 0 else x[start : start + size], batch)
+
+    parts = [cut(start) for start in range(0, grpo.prompts, size)] * grpo.passes
+    return [parts[0]._replace(old_logprobs=None), *parts[1:]]
+
+
+def advantages_of(graded: Graded, sampled: Sampled, config: Config) -> tuple[Float[Array, "P G"], dict[str, float]]:
+    """Advantages of the step, and how much signal its groups carry."""
+    grpo, combined = config.grpo, graded.combined
+    lengths = jnp.asarray(sampled.lengths_P_G)
+    penalty = soft_overlong_penalty(lengths, grpo.sampler.max_new_tokens, grpo.loss.overlong_buffer)
+    rewards, valid = jnp.asarray(combined.rewards_P_G, jnp.float32) + penalty, jnp.asarray(combined.valid_P_G)
+    terms, weights = jnp.asarray(combined.terms_P_G_K, jnp.float32), jnp.asarray(combined.term_weights_K, jnp.float32)
+    advantages = group_advantages(rewards, valid, grpo.advantage, terms, weights, lengths)
+    groups = group_diagnostics(rewards, valid, grpo.advantage, terms, weights)
+    named = {
+        "dead_groups": groups.dead,
+        "silent_groups": groups.silent,
+        "group_spread": groups.spread,
+        "group_std": groups.std,
+        **{f"spread/{name}": mean for name, mean in zip(combined.term_names, groups.term_spread, strict=True)},
+    }
+    return advantages, values(to_host(named))
+
+
+def enough_verdicts(graded: Graded, least: int) -> Float[Array, "P 1"]:
+    """Groups with at least so many verdicts; the others leave the update, KL included."""
+    return jnp.asarray(graded.combined.valid_P_G.sum(-1, keepdims=True) >= least)
+
+
+def rollout_metrics(sampled: Sampled, graded: Graded) -> dict[str, float]:
+    """Lengths, truncation, signs of reward hacking, and tokens handled in the step."""
+    lengths = sampled.lengths_P_G
+    replies: Sequence[str] = [p.response for row in graded.parsed_P_G for p in row if isinstance(p, Spans)]
+    combined = graded.combined
+    signs = hacking_signs(
+        replies, lengths.ravel().astype(np.float64), combined.rewards_P_G.ravel(), combined.valid_P_G.ravel()
+    )
+    return {
+        "completion_tokens": float(lengths.mean()),
+        "completion_tokens_max": float(lengths.max()),
+        "truncated": float(1 - np.asarray(sampled.rollouts.stopped).mean()),
+        "tokens": float(lengths.sum() + sampled.prompt_lengths.sum()),
+        **{f"hacking/{name}": value for name, value in signs.items()},
+    }

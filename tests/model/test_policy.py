@@ -1,0 +1,195 @@
+"""The policy against transformers, and its group form against its plain form: values, log-probs, gradients."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kardia_jax.model import policy
+from kardia_jax.model.policy import Compute, LayerCache
+from kardia_jax.model.shapes import SHAPES, named_shape
+from kardia_jax.model.spec import ModelSpec, RopeSpec, SpecError
+
+LOGITS_TOLERANCE = 1e-4
+"""float32 against torch's float32, over logits of size 1 (the issue's bound)."""
+GROUP_TOLERANCE = 2e-5
+"""The same sums in another order, log-probs of size 5."""
+
+SMALL = ModelSpec("qwen3", 97, 32, 48, 3, 4, 2, 16, max_positions=256)
+COMPUTE = Compute(remat="none", head_chunk=5)
+
+
+@functools.cache
+def params_of(spec: ModelSpec):
+    return policy.init(spec, jax.random.key(3))
+
+
+def repeated_logprobs(spec, params, prompt_tokens, prompt_lengths, completion_tokens, temperature):
+    """Every completion as a row of its own, behind its own copy of the prompt."""
+    prompts, group, length = completion_tokens.shape
+    rows = []
+    size = int(prompt_lengths.max()) + length
+    for p in range(prompts):
+        for g in range(group):
+            n = int(prompt_lengths[p, g])
+            row = jnp.concatenate([prompt_tokens[p, :n], completion_tokens[p, g]])
+            row = jnp.pad(row, (0, size - n - length))[None]
+            z = policy.logits(spec, COMPUTE, params, row, jnp.array([n + length]))[0, n - 1 : n + length - 1]
+            logp = jax.nn.log_softmax(z / temperature, -1)
+            rows.append(jnp.take_along_axis(logp, completion_tokens[p, g][:, None], 1)[:, 0])
+    return jnp.stack(rows).reshape(completion_tokens.shape)
+
+
+def batch(spec, lengths=((9, 9, 9), (4, 2, 7)), size=9, length=5):
+    """Two prompts of three completions; the second is a conversation whose answers continue different parts."""
+    rng = np.random.default_rng(0)
+    prompts, group = np.shape(lengths)
+    prompt = jnp.asarray(rng.integers(0, spec.vocab_size, (prompts, size)))
+    return prompt, jnp.array(lengths), jnp.asarray(rng.integers(0, spec.vocab_size, (prompts, group, length)))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+def test_group_logprobs_and_gradient_equal_the_repeated_form(family, remat):
+    spec = dataclasses.replace(SMALL, family=family, tied=remat == "none")
+    params, data = params_of(spec), batch(spec)
+    weights = jax.random.normal(jax.random.key(1), data[2].shape)
+
+    def shared(params):
+        compute = dataclasses.replace(COMPUTE, remat=remat)
+        return (weights * policy.group_logprobs(spec, compute, params, *data, jnp.float32(0.7))[0]).sum()
+
+    def repeated(params):
+        return (weights * repeated_logprobs(spec, params, *data, 0.7)).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(shared))(params)
+    wanted_value, wanted = jax.jit(jax.value_and_grad(repeated))(params)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-4)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3 * float(jnp.abs(theirs).max()) + 1e-6)
+
+
+@settings(deadline=None, max_examples=8)
+@given(extra=st.integers(0, 4), filler=st.integers(0, 96))
+def test_padding_changes_nothing(extra, filler):
+    params, (prompt, lengths, completion) = params_of(SMALL), batch(SMALL)
+    run = jax.jit(functools.partial(policy.group_logprobs, SMALL, COMPUTE))
+    short, _ = run(params, prompt, lengths, completion, jnp.float32(1))
+    prompt = jnp.where(jnp.arange(prompt.shape[1]) < lengths.max(1)[:, None], prompt, filler)
+    prompt = jnp.pad(prompt, ((0, 0), (0, extra)), constant_values=filler)
+    completion = jnp.pad(completion, ((0, 0), (0, 0), (0, extra)), constant_values=filler)
+    padded, _ = run(params, prompt, lengths, completion, jnp.float32(1))
+    np.testing.assert_allclose(padded[..., : short.shape[2]], short, atol=GROUP_TOLERANCE)
+
+
+def test_prefill_and_decode_walk_through_the_plain_logits():
+    params, (prompt, rows, completion) = params_of(SMALL), batch(SMALL, lengths=((9, 9, 9), (4, 4, 4)))
+    prompts, group, length = completion.shape
+    lengths = rows[:, 0]
+    hidden, k, v = policy.prefill(SMALL, COMPUTE, params, prompt, lengths)
+    own = jnp.zeros((prompts, group, length, SMALL.kv_heads, SMALL.head_dim))
+    caches = [LayerCache(k[i], v[i], own, own) for i in range(SMALL.layers)]
+    layers = policy.layer_slices(SMALL, params, "float32")
+    table = policy.head_table(params)
+    hidden = jnp.broadcast_to(hidden[:, None], (prompts, group, SMALL.width))
+    for t in range(length):
+        for p in range(prompts):
+            row = jnp.concatenate([prompt[p, : int(lengths[p])], completion[p, 1]])[None]
+            wanted = policy.logits(SMALL, COMPUTE, params, row, jnp.array([row.shape[1]]))[0, int(lengths[p]) - 1 + t]
+            np.testing.assert_allclose(hidden[p, 1] @ table.T, wanted, atol=GROUP_TOLERANCE)
+        hidden, caches = policy.decode_step(
+            SMALL, COMPUTE, params, layers, caches, rows, completion[:, :, t], jnp.int32(t)
+        )
+
+
+def test_padded_vocabulary_rows_take_no_probability():
+    spec = SMALL.with_tokens(90)
+    prompt, lengths, completion = batch(SMALL)
+    completion = completion % 90
+    logprobs, entropy = policy.group_logprobs(spec, COMPUTE, params_of(SMALL), prompt, lengths, completion, jnp.float32(1))
+    all_rows = repeated_logprobs(SMALL, params_of(SMALL), prompt, lengths, completion, 1.0)
+    assert (logprobs > all_rows).all()
+    assert (entropy <= np.log(90) + 1e-6).all()
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10_000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_frequencies_are_those_of_transformers(kind):
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    raw = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 256, "rope_parameters": ROPES[kind]}
+    theirs = Qwen2RotaryEmbedding(Qwen2Config(**raw))
+    ours = RopeSpec.from_hf(raw)
+    np.testing.assert_allclose(ours.inverse_frequencies(32), theirs.inv_freq.numpy(), rtol=1e-6)
+    assert ours.attention_factor == pytest.approx(theirs.attention_scaling)
+    assert RopeSpec.from_hf({"rope_parameters": ours.to_hf(), "max_position_embeddings": 256}) == dataclasses.replace(
+        ours, original_positions=RopeSpec.from_hf({"rope_parameters": ours.to_hf(), "max_position_embeddings": 256}).original_positions
+    )
+
+
+def test_old_and_new_rope_layouts_read_the_same():
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    old = RopeSpec.from_hf({"rope_theta": 1e6, "rope_scaling": scaling})
+    new = RopeSpec.from_hf({"rope_parameters": scaling | {"rope_type": "yarn", "rope_theta": 1e6}})
+    assert old == new
+    assert old.attention_factor == pytest.approx(0.1 * np.log(4) + 1)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameter_count_is_that_of_the_tree(name):
+    spec = named_shape(name)
+    shapes = jax.eval_shape(functools.partial(policy.init, spec), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == spec.parameter_count
+    assert ModelSpec.from_hf(spec.to_hf()) == dataclasses.replace(spec, token_count=None, rope=ModelSpec.from_hf(spec.to_hf()).rope)
+
+
+def test_published_sizes():
+    counts = {name: round(SHAPES[name].parameter_count / 1e9, 2) for name in SHAPES if name.startswith("qwen2.5")}
+    assert counts == {"qwen2.5-0.5b": 0.49, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09, "qwen2.5-7b": 7.62}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type"),
+        ({"num_key_value_heads": 3}, "kv_heads"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    ],
+)
+def test_a_config_that_we_would_compute_wrongly_is_refused_by_name(change, word):
+    with pytest.raises(SpecError, match=word):
+        ModelSpec.from_hf(SHAPES["tiny-qwen2"].to_hf() | change)
+
+
+def test_bfloat16_compute_keeps_float32_outputs_close():
+    params, data = params_of(SMALL), batch(SMALL)
+    exact, _ = policy.group_logprobs(SMALL, COMPUTE, params, *data, jnp.float32(1))
+    low, _ = policy.group_logprobs(SMALL, dataclasses.replace(COMPUTE, dtype="bfloat16"), params, *data, jnp.float32(1))
+    assert low.dtype == jnp.float32
+    # bf16 has 8 bits: log-probs near 4.6 over a few layers stay within a few hundredths.
+    np.testing.assert_allclose(low, exact, atol=0.1)
