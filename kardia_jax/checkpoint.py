@@ -85,9 +85,7 @@ class Checkpoints:
         leaves = _by_path(state)
         self._needed = sum(_bytes(leaf) for leaf in leaves.values())
         _require_space(self.dir, self._needed)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(leaves), extra=ocp.args.JsonSave(_sealed(leaves, extra))
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), extra=ocp.args.JsonSave(_sealed(leaves, extra)))
         try:
             accepted = self._manager.save(step, args=items)
         except Exception as error:  # Orbax has OSError, ValueError and RuntimeError for a full disk.

@@ -22,7 +22,13 @@ from kardia_jax.dialogue.emotions import EMOTIONS
 from kardia_jax.dialogue.prompt import Prompt, load_system_prompt, prompts_of
 from kardia_jax.dialogue.spans import Spans
 from kardia_jax.keys import Purpose, row_keys
-from kardia_jax.observe.intervals import Interval, bootstrap_interval, bootstrap_macro_f1, macro_f1, t_interval
+from kardia_jax.observe.intervals import (
+    Interval,
+    bootstrap_interval,
+    bootstrap_macro_f1,
+    macro_f1,
+    t_interval,
+)
 from kardia_jax.policies import Policy
 from kardia_jax.programs import compute_for, make_generate
 from kardia_jax.rewards.rubric import Rubric
@@ -47,7 +53,9 @@ class Evaluation:
 
     def means(self) -> dict[str, float]:
         """Mean of every metric, macro-F1 included."""
-        by_name = {name: float(np.nanmean(numbers)) for name, numbers in self.values.items() if np.isfinite(numbers).any()}
+        by_name = {
+            name: float(np.nanmean(numbers)) for name, numbers in self.values.items() if np.isfinite(numbers).any()
+        }
         return by_name | {"macro_f1": macro_f1(self.gold, self.predicted, EMOTIONS)}
 
     def intervals(self, seed: int) -> dict[str, Interval]:
@@ -67,7 +75,7 @@ def held_out_prompts(config: Config, policy: Policy) -> list[Prompt]:
 
 
 def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
-    """Answers every test prompt and grades the answers; the draw depends on the seed, the prompt and the sample alone."""
+    """Answers every test prompt and grades the answers; a draw depends on seed, prompt and sample alone."""
     prompts, settings = held_out_prompts(config, policy), config.eval
     sampler = Sampler(
         make_generate(policy.spec, compute_for(config.model)),

@@ -122,9 +122,7 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     return _assembled(spec, params, tokenizer, _generation_ends(folder))
 
 
-def _assembled(
-    spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]
-) -> Policy:
+def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Policy:
     spec = spec.with_tokens(len(tokenizer))
     spec, params, tokenizer = add_tags(spec, params, tokenizer)
     if not isinstance(tokenizer.eos_token_id, int):

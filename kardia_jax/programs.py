@@ -26,11 +26,8 @@ Score = Callable[[Params, GroupBatch, Float[Array, ""]], tuple[Array, Array]]
 
 def compute_for(config: ModelConfig) -> Compute:
     """The compute settings of this machine: ``auto`` is float32 on CPU and bfloat16 elsewhere."""
-    if config.dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    else:
-        dtype = config.dtype
-    return Compute(dtype, config.remat, config.head_chunk)
+    native = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Compute(native if config.dtype == "auto" else config.dtype, config.remat, config.head_chunk)
 
 
 def make_generate(spec: ModelSpec, compute: Compute) -> Generate:

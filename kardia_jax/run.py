@@ -1,6 +1,7 @@
 """The folder of a run: where it starts, what it writes after each step, and when it saves.
 
     runs/x/config.json       the resolved config
+    runs/x/verb.json         which verb made it
     runs/x/checkpoints/120   state after update 120, complete or absent
     runs/x/metrics.jsonl     one line per step
     runs/x/rollouts.jsonl    sampled completions with every score (grpo)
@@ -59,7 +60,10 @@ class Run:
             with self.timer.phase("save"):
                 self.checkpoints.save(step, state, {"config": self.saved_config})
         seconds = self.timer.take()
-        metrics = {**metrics, "tokens_per_second": metrics.get("tokens", 0.0) / max(sum(seconds.values()), 1e-9)}
+        metrics = {
+            **metrics,
+            "tokens_per_second": metrics.get("tokens", 0.0) / max(sum(seconds.values()), 1e-9),
+        }
         self.rollouts.write(step, *rollouts)
         for tracker in self.trackers:
             tracker.log(step, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
@@ -81,6 +85,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         truncate_after(folder / name, first_step)
     (folder / "config.json").write_text(to_json(config), "utf-8")
+    (folder / "verb.json").write_text(json.dumps({"verb": verb}) + "\n", "utf-8")
     trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
     console = TrainingConsole(verb, steps, first_step, live=config.run.console)
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
@@ -104,7 +109,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """What must not change between a run and its resumption: everything but the run's own bookkeeping and evaluation."""
+    """What must not change between a run and its resumption: everything but bookkeeping and evaluation."""
     tree = json.loads(to_json(config))
     return {name: part for name, part in tree.items() if name not in ("run", "eval")} | {"seed": config.run.seed}
 

@@ -58,18 +58,13 @@ def grade(grader: Grader, prompts: Sequence[Prompt], texts_P_G: Sequence[Sequenc
         [parse(prompt.prefill + text) for text in texts] for prompt, texts in zip(prompts, texts_P_G, strict=True)
     ]
     asked = [
-        Completion(prompt.dialogue, turn_index(prompt), parsed)
+        Completion(prompt.dialogue, prompt.turn, parsed)
         for prompt, row in zip(prompts, parsed_P_G, strict=True)
         for parsed in row
     ]
     scores = score_completions(grader.judge, grader.rubric, grader.weights, asked)
     scores_P_G = [scores[start : start + group] for start in range(0, len(scores), group)]
     return Graded(parsed_P_G, scores_P_G, combine(scores_P_G, grader.weights))
-
-
-def turn_index(prompt: Prompt) -> int:
-    """Where the answer stands in ``dialogue.turns``: turns alternate and the user begins."""
-    return 2 * prompt.turn + 1
 
 
 def check_failures(graded: Graded, config: JudgeConfig) -> None:

@@ -8,6 +8,7 @@ it from its own turn. Batches are padded to few sizes, so a handful of shapes is
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from kardia_jax.config import Config
 from kardia_jax.dialogue.dataset import load_dialogues
@@ -40,13 +41,21 @@ def train_sft(config: Config, policy: Policy) -> Policy:
     rate = learning_rate(config.sft.optimizer, steps)
     compute = compute_for(config.model)
     update = make_compiled_update(
-        policy.spec, compute, sft_objective, optimizer, temperature=1.0, micro_batches=config.sft.micro_batches
+        policy.spec,
+        compute,
+        sft_objective,
+        optimizer,
+        temperature=1.0,
+        micro_batches=config.sft.micro_batches,
     )
 
     # ---- Loop
     with open_run(config, "sft", steps, init_state(policy.params, optimizer)) as run:
         state = run.state
-        run.console.message(f"sft: {loaded.summary()}; {len(examples.examples)} answers in {len(groups)} groups, {examples.skipped} skipped")
+        run.console.message(
+            f"sft: {loaded.summary()}; {len(examples.examples)} answers in {len(groups)} groups, "
+            f"{examples.skipped} too long"
+        )
         for step in range(run.first_step, steps):
             with run.timer.phase("batch"):
                 batch = sft_batch(order[step], answers, policy.pad_id)
@@ -55,7 +64,9 @@ def train_sft(config: Config, policy: Policy) -> Policy:
                 metrics = values(to_host(means))
             check_progress(state, config.sft.optimizer.max_bad_steps, "sft.optimizer")
             tokens = float(batch.prompt_lengths.max(1).sum() + batch.completion_lengths.sum())
-            run.finish_step(step + 1, state, {**metrics, "learning_rate": float(rate(step)), "tokens": tokens})
+            run.finish_step(
+                step + 1, state, {**metrics, "learning_rate": float(np.asarray(rate(step))), "tokens": tokens}
+            )
     return policy._replace(params=state.params)
 
 

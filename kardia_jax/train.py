@@ -48,7 +48,11 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     # ---- Programs
     compute = compute_for(config.model)
     sampler = Sampler(
-        make_generate(policy.spec, compute), policy.tokenizer, policy.stop_ids, policy.silent_ids, policy.pad_id
+        make_generate(policy.spec, compute),
+        policy.tokenizer,
+        policy.stop_ids,
+        policy.silent_ids,
+        policy.pad_id,
     )
     score = make_score(policy.spec, compute)
     updates = steps * grpo.minibatches * grpo.passes
@@ -87,7 +91,8 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
             # ---- Learn
             advantages, signal = advantages_of(graded, sampled, config)
             batch = batch._replace(
-                advantages=advantages, loss_rows=batch.loss_rows & enough_verdicts(graded, config.judge.min_valid)
+                advantages=advantages,
+                loss_rows=batch.loss_rows & enough_verdicts(graded, config.judge.min_valid),
             )
             with timer.phase("update"):
                 parts = []
@@ -101,7 +106,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
                 **reward_metrics(graded),
                 **signal,
                 **rollout_metrics(sampled, graded),
-                "learning_rate": float(rate(int(state.step) - 1)),
+                "learning_rate": float(np.asarray(rate(int(state.step) - 1))),
             }
             shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
             rows = list(rollout_rows(asked[shown], sampled.texts_P_G[shown], graded))
@@ -172,7 +177,10 @@ def advantages_of(graded: Graded, sampled: Sampled, config: Config) -> tuple[Flo
     lengths = jnp.asarray(sampled.lengths_P_G)
     penalty = soft_overlong_penalty(lengths, grpo.sampler.max_new_tokens, grpo.loss.overlong_buffer)
     rewards, valid = jnp.asarray(combined.rewards_P_G, jnp.float32) + penalty, jnp.asarray(combined.valid_P_G)
-    terms, weights = jnp.asarray(combined.terms_P_G_K, jnp.float32), jnp.asarray(combined.term_weights_K, jnp.float32)
+    terms, weights = (
+        jnp.asarray(combined.terms_P_G_K, jnp.float32),
+        jnp.asarray(combined.term_weights_K, jnp.float32),
+    )
     advantages = group_advantages(rewards, valid, grpo.advantage, terms, weights, lengths)
     groups = group_diagnostics(rewards, valid, grpo.advantage, terms, weights)
     named = {

@@ -86,9 +86,7 @@ def test_arrays_come_back_with_the_sharding_of_like(tmp_path):
     across = NamedSharding(mesh, PartitionSpec(None, "data"))
     like = jax.eval_shape(lambda: state_at(0))
     embedding = like.params["embed"]["embedding"]
-    like.params["embed"]["embedding"] = jax.ShapeDtypeStruct(
-        embedding.shape, embedding.dtype, sharding=across
-    )
+    like.params["embed"]["embedding"] = jax.ShapeDtypeStruct(embedding.shape, embedding.dtype, sharding=across)
     restored = restore(tmp_path, 2, like)
     assert restored.state.params["embed"]["embedding"].sharding == across
     assert bits(restored.state) == bits(state_at(2))
@@ -255,9 +253,7 @@ def test_the_error_number_decides_what_a_failure_is_called(tmp_path, monkeypatch
 
 def test_another_model_is_refused_at_its_first_difference(tmp_path):
     saved(tmp_path, 1)
-    with pytest.raises(
-        CheckpointError, match=r"params\.embed\.embedding: wanted float32\[4, 8\], got float32\[4, 6\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"params\.embed\.embedding: wanted float32\[4, 8\], got float32\[4, 6\]"):
         restore(tmp_path, 1, state_at(0, width=8))
     other = state_at(0)
     other.params["half"] = other.params["half"].astype(jnp.float32)

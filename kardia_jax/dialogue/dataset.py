@@ -113,9 +113,7 @@ def load_dialogues(config: DataConfig, split: Split) -> Loaded:
     limit = config.train_limit if split == "train" else config.test_limit
     loaded = _collect(_rows(config.source, split), config.bad_rows, limit)
     if loaded.read == 0:
-        raise DataError(
-            f"data.source: wanted at least one row in the {split} split, {config.source} is empty."
-        )
+        raise DataError(f"data.source: wanted at least one row in the {split} split, {config.source} is empty.")
     if not loaded.dialogues:
         first = loaded.problems[0]
         raise DataError(f"data.source: all {loaded.read:,} rows of {config.source} are bad. First: {first}")
@@ -130,8 +128,7 @@ def read_row(row: Mapping[str, object], where: str) -> Dialogue:
     in a text.
     """
     person, mbti, emotion, situation = (
-        _plain(_text(row, field, field, where), field, where)
-        for field in ("person", "mbti", "emotion", "situation")
+        _plain(_text(row, field, field, where), field, where) for field in ("person", "mbti", "emotion", "situation")
     )
     if not is_emotion(emotion):
         near = closest_emotion(emotion)
@@ -267,9 +264,7 @@ def _split_file(folder: Path, split: Split) -> Path:
 
 def _file_rows(path: Path) -> Iterator[_Raw]:
     if path.suffix not in _SUFFIXES:
-        raise DataError(
-            f"data.source: wanted a .jsonl or .parquet file, got {str(path)!r}. Convert it first."
-        )
+        raise DataError(f"data.source: wanted a .jsonl or .parquet file, got {str(path)!r}. Convert it first.")
     try:
         yield from _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -322,9 +317,7 @@ def _meaning(source: str, split: Split, error: Exception) -> str:
     if _status(answer) == 401:
         return "not logged in, or with a token that has expired. Log in with `hf auth login`."
     if isinstance(error, ConnectionError):
-        return (
-            "the Hub cannot be reached. Check the network, or give a folder that holds the downloaded files."
-        )
+        return "the Hub cannot be reached. Check the network, or give a folder that holds the downloaded files."
     return f"the {split} split cannot be loaded ({type(error).__name__}: {error}). See {page}."
 
 

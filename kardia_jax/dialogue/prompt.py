@@ -129,9 +129,7 @@ def load_system_prompt(path: Path | None) -> str:
     for slot in _SLOT.findall(text):
         if slot not in _SLOTS:
             known = ", ".join(f"{{{name}}}" for name in _SLOTS)
-            raise ConfigError(
-                "data.system_prompt", f"no slots but {known}", f"{{{slot}}}", f"Correct {path}."
-            )
+            raise ConfigError("data.system_prompt", f"no slots but {known}", f"{{{slot}}}", f"Correct {path}.")
     return text
 
 
@@ -237,9 +235,7 @@ def _filled(system_prompt: str, dialogue: Dialogue) -> str:
     return _SLOT.sub(lambda slot: values.get(slot[1], slot[0]), system_prompt)
 
 
-def _conversation(
-    dialogue: Dialogue, system_prompt: str, history: Literal["reply", "spans"]
-) -> list[Message]:
+def _conversation(dialogue: Dialogue, system_prompt: str, history: Literal["reply", "spans"]) -> list[Message]:
     """System and every turn; the earlier answers as ``history`` says."""
     messages = [{"role": "system", "content": _filled(system_prompt, dialogue)}]
     for turn in dialogue.turns:
@@ -291,9 +287,7 @@ def _too_long(prompts: Sequence[Prompt], config: DataConfig) -> tuple[str, ...]:
             f"{longest:,} tokens. Raise data.max_prompt_tokens, or set data.long_prompts to skip."
         )
     if problems and len(problems) == len(prompts):
-        raise DataError(
-            f"data.max_prompt_tokens: all {len(prompts):,} prompts are too long. First: {problems[0]}"
-        )
+        raise DataError(f"data.max_prompt_tokens: all {len(prompts):,} prompts are too long. First: {problems[0]}")
     return problems
 
 

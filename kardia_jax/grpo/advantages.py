@@ -209,9 +209,7 @@ def group_diagnostics(
     )
 
 
-def soft_overlong_penalty(
-    lengths: Int[Array, " *rows"], max_tokens: int, buffer: int
-) -> Float[Array, " *rows"]:
+def soft_overlong_penalty(lengths: Int[Array, " *rows"], max_tokens: int, buffer: int) -> Float[Array, " *rows"]:
     """0 up to max_tokens - buffer, then linear down to -1 at max_tokens, and -1 beyond; all in tokens.
 
     A buffer of 0 is off; one longer than the budget is a ConfigError. Source: DAPO, arXiv 2503.14476, section

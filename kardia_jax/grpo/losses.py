@@ -139,15 +139,11 @@ def _clipped(config: LossConfig) -> PolicyTerm:
 
 def _cispo(config: LossConfig) -> PolicyTerm:
     lower, upper = config.ratio_bounds
-    return lambda logprobs, log_ratio, advantages: cispo_term(
-        logprobs, jnp.exp(log_ratio), advantages, lower, upper
-    )
+    return lambda logprobs, log_ratio, advantages: cispo_term(logprobs, jnp.exp(log_ratio), advantages, lower, upper)
 
 
 def _sapo(config: LossConfig) -> PolicyTerm:
-    return lambda _, log_ratio, advantages: sapo_term(
-        jnp.exp(log_ratio), advantages, config.sapo_temperatures
-    )
+    return lambda _, log_ratio, advantages: sapo_term(jnp.exp(log_ratio), advantages, config.sapo_temperatures)
 
 
 def _vespo(config: LossConfig) -> PolicyTerm:
@@ -323,9 +319,7 @@ def _policy_keeps(rows: LossInputs, old: PerToken, config: LossConfig) -> dict[s
         )
     if rows.entropy_floor is not None:
         if rows.entropy is None:
-            raise ValueError(
-                "entropy_floor: wanted entropies beside it, got none. Pass LossInputs.entropy too."
-            )
+            raise ValueError("entropy_floor: wanted entropies beside it, got none. Pass LossInputs.entropy too.")
         keeps["entropy_masked"] = rows.entropy >= rows.entropy_floor
     return keeps
 

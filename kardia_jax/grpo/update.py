@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from kardia_jax.grpo.losses import LossFn, LossInputs
 from kardia_jax.types import GroupBatch, Mean, Params, TrainState
@@ -131,5 +131,3 @@ def apply_gradient(
         "skipped": Mean((~good).astype(jnp.float32), one),
     }
     return new, norms
-
-

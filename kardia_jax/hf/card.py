@@ -89,9 +89,7 @@ def _recipe(recipe: Mapping[str, object]) -> str:
 
 def _results(results: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> str:
     metrics = dict.fromkeys(metric for by_metric in results.values() for metric in by_metric)
-    rows = [
-        [metric, *(_interval(by_metric.get(metric)) for by_metric in results.values())] for metric in metrics
-    ]
+    rows = [[metric, *(_interval(by_metric.get(metric)) for by_metric in results.values())] for metric in metrics]
     return "\n".join([_row(["metric", *results]), _row(["---"] * (len(results) + 1)), *map(_row, rows)])
 
 

@@ -127,9 +127,7 @@ def _in_model_order(spec: ModelSpec) -> list[str]:
     return sorted(table, key=place)
 
 
-def _write_weights(
-    dir: pathlib.Path, params: Params, spec: ModelSpec, shards: list[Shard], dtype: Dtype
-) -> None:
+def _write_weights(dir: pathlib.Path, params: Params, spec: ModelSpec, shards: list[Shard], dtype: Dtype) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, start=1):
@@ -178,9 +176,7 @@ def _require_target(dir: pathlib.Path, overwrite: bool) -> None:
     if not dir.exists() or (dir.is_dir() and not any(dir.iterdir())):
         return
     if not overwrite:
-        raise HfError(
-            f"{dir}: wanted an empty or new folder, got one in use. Choose another, or pass overwrite."
-        )
+        raise HfError(f"{dir}: wanted an empty or new folder, got one in use. Choose another, or pass overwrite.")
     if not (dir / "config.json").is_file():
         fix = "Choose another folder: this one would be deleted with all it holds."
         raise HfError(f"{dir}: wanted a folder that holds a model to overwrite, got none. {fix}")

@@ -40,15 +40,11 @@ async def answers(judge: Judge, requests: list[JudgeRequest]) -> list[Verdict | 
     """``judge.score`` with its exceptions and wrong counts turned into failures."""
     try:
         given = await judge.score(requests)
-    except (
-        Exception
-    ) as error:  # a judge may sit behind any network or library; whatever breaks there is unknown, not 0
+    except Exception as error:  # a judge may sit behind any network or library; whatever breaks there is unknown, not 0
         retryable = isinstance(error, (TimeoutError, OSError))
         failure = JudgeFailure(f"{judge.name}: {type(error).__name__}: {error}", retryable)
         return [failure] * len(requests)
     if len(given) != len(requests):
-        failure = JudgeFailure(
-            f"{judge.name}: wanted {len(requests)} answers, got {len(given)}", retryable=False
-        )
+        failure = JudgeFailure(f"{judge.name}: wanted {len(requests)} answers, got {len(given)}", retryable=False)
         return [failure] * len(requests)
     return given

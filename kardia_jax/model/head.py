@@ -30,7 +30,9 @@ def sampled_logits(
 ) -> Float[Array, "... V"]:
     """Logits with the padding rows of the table at -inf: they are never sampled and take no probability."""
     z = raw_logits(hidden, table)
-    return z if sampled_tokens == table.shape[0] else jnp.where(jnp.arange(table.shape[0]) < sampled_tokens, z, -jnp.inf)
+    return (
+        z if sampled_tokens == table.shape[0] else jnp.where(jnp.arange(table.shape[0]) < sampled_tokens, z, -jnp.inf)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -28,8 +28,6 @@ Turn = tuple[Float[Array, "... E"], Float[Array, "... E"]]
 """Cosine and sine of every position, the pair's angle repeated in both halves."""
 
 
-
-
 def rotation(spec: ModelSpec, positions: Int[Array, "..."]) -> Turn:
     """Cosine and sine [..., E] of RoPE at these positions, float32."""
     angles = positions[..., None].astype(jnp.float32) * spec.rope.inverse_frequencies(spec.head_dim)

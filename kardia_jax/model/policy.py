@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from kardia_jax.model.attention import Scoring, causal, causal_attention, group_attention
 from kardia_jax.model.head import raw_logits, token_logprobs
-from kardia_jax.model.layers import Attend, Block, RMSNorm, rotation
+from kardia_jax.model.layers import Block, RMSNorm, rotation
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -113,7 +113,11 @@ def decode_step(
     written = []
     for layer, cache in zip(layers, caches, strict=True):
         attend = functools.partial(
-            _attend_decode, cache=cache, prompt_lengths=prompt_lengths, position=position, scoring=_scoring(spec)
+            _attend_decode,
+            cache=cache,
+            prompt_lengths=prompt_lengths,
+            position=position,
+            scoring=_scoring(spec),
         )
         x, cache = Block(spec).apply({"params": layer}, x, turn, attend)
         written.append(cache)

@@ -55,9 +55,7 @@ SPEED = "tokens_per_second"
 class TrainingConsole:
     """A context manager around the loop; ``update`` it once per step."""
 
-    def __init__(
-        self, title: str, steps: int, first_step: int = 0, live: bool = True, console: Console | None = None
-    ):
+    def __init__(self, title: str, steps: int, first_step: int = 0, live: bool = True, console: Console | None = None):
         self._console = console or Console()
         self._title, self._steps = title, steps
         self._progress = Progress(
@@ -114,9 +112,7 @@ def metrics_table(metrics: Mapping[str, float], seconds: Mapping[str, float]) ->
     return grid
 
 
-def plain_line(
-    title: str, step: int, steps: int, metrics: Mapping[str, float], seconds: Mapping[str, float]
-) -> str:
+def plain_line(title: str, step: int, steps: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> str:
     """One line for a log file; metrics that are absent are left out."""
     parts = [f"{title} {step}/{steps}"]
     for row in ROWS:
@@ -135,11 +131,7 @@ def _term_note(row: Row, metrics: Mapping[str, float]) -> str:
 
 
 def _terms(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {
-        name.removeprefix(TERM_PREFIX): value
-        for name, value in metrics.items()
-        if name.startswith(TERM_PREFIX)
-    }
+    return {name.removeprefix(TERM_PREFIX): value for name, value in metrics.items() if name.startswith(TERM_PREFIX)}
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -38,9 +38,7 @@ T_95 = (
 Z_95 = 1.959964
 
 
-def bootstrap_interval(
-    values: Sequence[float], clusters: Sequence[Hashable], seed: int, n: int = 1000
-) -> Interval:
+def bootstrap_interval(values: Sequence[float], clusters: Sequence[Hashable], seed: int, n: int = 1000) -> Interval:
     """Mean of the values with the 2.5 and 97.5 percentiles of n resamples of whole clusters.
 
     A resample's mean is (sum of its clusters' sums) / (sum of their sizes). The same seed gives the same
@@ -91,9 +89,7 @@ def t_quantile(freedom: int) -> float:
     Source: Abramowitz and Stegun, 26.7.5.
     """
     if freedom < 1:
-        raise ValueError(
-            f"freedom: wanted at least 1, got {freedom}. An interval over runs needs two of them."
-        )
+        raise ValueError(f"freedom: wanted at least 1, got {freedom}. An interval over runs needs two of them.")
     if freedom <= len(T_95):
         return T_95[freedom - 1]
     first = (Z_95**3 + Z_95) / (4 * freedom)

@@ -62,9 +62,7 @@ class WandbTracker:
     """A Weights & Biases run; its own environment variables choose the account and the mode."""
 
     def __init__(self, dir: pathlib.Path, name: str, config: Mapping[str, object]):
-        self._run = _import("wandb", "wandb").init(
-            project=PROJECT, name=name, dir=str(dir), config=dict(config)
-        )
+        self._run = _import("wandb", "wandb").init(project=PROJECT, name=name, dir=str(dir), config=dict(config))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(_finite(metrics), step=step)
@@ -95,9 +93,7 @@ class MlflowTracker:
         if "MLFLOW_TRACKING_URI" not in os.environ:
             # MLflow's own default is a database file, which the small client of the extra cannot open.
             fix = "Set it to a server, for instance http://localhost:5000."
-            raise ValueError(
-                f"trackers: mlflow wanted the environment variable MLFLOW_TRACKING_URI, got none. {fix}"
-            )
+            raise ValueError(f"trackers: mlflow wanted the environment variable MLFLOW_TRACKING_URI, got none. {fix}")
         self._mlflow.set_experiment(PROJECT)
         self._mlflow.start_run(run_name=name)
         self._mlflow.log_params(dict(config))
@@ -136,9 +132,7 @@ def _import(module: str, tracker: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         fix = "Run: pip install 'kardia_jax[track]', or leave the tracker out."
-        raise ValueError(
-            f"trackers: {tracker} needs the package {module}, which is not installed. {fix}"
-        ) from error
+        raise ValueError(f"trackers: {tracker} needs the package {module}, which is not installed. {fix}") from error
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

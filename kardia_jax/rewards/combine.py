@@ -11,7 +11,7 @@ Three cases that must not be confused:
   loud.
 - rubric weight 0: nobody is asked, the row is valid, the rubric column is 0 and weighs nothing.
 
->>> said = Verdict(tuple(Mark(name, 3, "fits anyone") for name in ("relevance", "empathy")))
+>>> said = Verdict((Mark("tone", 3, "fits anyone"),))                  # of a rubric with one criterion
 >>> spans = Spans("She waits for news.", "Waiting wears her out.", "anxious", "Waiting is hard.")
 >>> good = score_completion(spans, "anxious", said, rubric)             # format 1, emotion 1, rubric 0.5
 >>> lost = score_completion(spans, "anxious", JudgeFailure("timeout", True), rubric)
@@ -102,13 +102,9 @@ def score_completion(
         why = {"rubric": f"not judged: {parsed.reason}"}
         return Scores(form, emotion, None, 0.0, valid=True, reasons=why, malformed=str(parsed.reason))
     if said is None:
-        return Scores(
-            form, emotion, None, None, valid=True, reasons={"rubric": "not judged: its weight is 0"}
-        )
+        return Scores(form, emotion, None, None, valid=True, reasons={"rubric": "not judged: its weight is 0"})
     if isinstance(said, JudgeFailure):
-        return Scores(
-            form, emotion, None, None, valid=False, reasons={"rubric": f"no verdict: {said.reason}"}
-        )
+        return Scores(form, emotion, None, None, valid=False, reasons={"rubric": f"no verdict: {said.reason}"})
     marks = said.by_name()
     reasons = {mark.criterion: mark.reason for mark in said.marks}
     return Scores(form, emotion, marks, to_unit(rubric, marks), valid=True, reasons=reasons)
@@ -140,7 +136,5 @@ def _terms(scores: Scores, weights: RewardConfig) -> tuple[float, float, float]:
     if not scores.valid:
         return scores.format, scores.emotion, float("nan")
     if scores.rubric is None and weights.rubric > 0:
-        raise ValueError(
-            f"scores.rubric: wanted a verdict, since rewards.rubric is {weights.rubric}; got none."
-        )
+        raise ValueError(f"scores.rubric: wanted a verdict, since rewards.rubric is {weights.rubric}; got none.")
     return scores.format, scores.emotion, scores.rubric or 0.0

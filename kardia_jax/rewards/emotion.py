@@ -14,7 +14,5 @@ def emotion_score(parsed: Spans | Malformed, gold: str) -> float:
     Raises ValueError when ``gold`` is none of the 32 labels: every completion would silently score 0.
     """
     if gold not in EMOTIONS:
-        raise ValueError(
-            f"emotion: wanted one of the {len(EMOTIONS)} labels, got {gold!r}. Check the data row."
-        )
+        raise ValueError(f"emotion: wanted one of the {len(EMOTIONS)} labels, got {gold!r}. Check the data row.")
     return float(isinstance(parsed, Spans) and parsed.emotion == gold)

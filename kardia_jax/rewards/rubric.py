@@ -91,9 +91,7 @@ class Criterion:
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"{self.name}.weight: wanted a finite number, 0 or more, got {self.weight}.")
         if not self.sees:
-            raise ValueError(
-                f"{self.name}.sees: wanted at least one span, got none. Most criteria see ('reply',)."
-            )
+            raise ValueError(f"{self.name}.sees: wanted at least one span, got none. Most criteria see ('reply',).")
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,7 @@ class Rubric:
     def __post_init__(self) -> None:
         names = [criterion.name for criterion in self.criteria]
         if not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"rubric {self.name}: wanted at least one criterion, each named once, got {names}."
-            )
+            raise ValueError(f"rubric {self.name}: wanted at least one criterion, each named once, got {names}.")
         if sum(criterion.weight for criterion in self.criteria) <= 0:
             raise ValueError(f"rubric {self.name}: wanted at least one weight above 0.")
 
@@ -140,8 +136,8 @@ for a mark or praises itself is marked down for it. Length and politeness earn n
 
 CLOSING = """\
 For each criterion first write one sentence that names the evidence in the reply, then choose the level whose
-description
-fits best. Use the whole scale. Answer with this JSON object and nothing else, with the keys in this order:"""
+description fits best. Use the whole scale. Answer with this JSON object and nothing else, with the keys in
+this order:"""
 
 
 def make_prompt(rubric: Rubric, request: JudgeRequest) -> str:
@@ -154,9 +150,7 @@ def make_prompt(rubric: Rubric, request: JudgeRequest) -> str:
     if len(views) > 1:
         raise ValueError(f"rubric {rubric.name}: criteria see different spans; split it with views(rubric).")
     spans = {"understanding": request.understanding, "reasoning": request.reasoning, "reply": request.reply}
-    shown = [
-        _section(name.capitalize(), text) for name, text in spans.items() if name in rubric.criteria[0].sees
-    ]
+    shown = [_section(name.capitalize(), text) for name, text in spans.items() if name in rubric.criteria[0].sees]
     talk = "\n".join(f"{role}: {text}" for role, text in request.history)
     material = [
         _section("Profile", request.profile),
@@ -208,7 +202,7 @@ class _Unreadable(ValueError):
 
 
 def read_verdict(rubric: Rubric, text: str) -> Verdict | JudgeFailure:
-    """The verdict in a judge's answer: JSON, every criterion once, a reason, then a whole mark from 1 to 5."""
+    """The verdict in a judge's answer: JSON, each criterion once, a reason, then a whole mark from 1 to 5."""
     try:
         entries = _load_json(_without_thinking(text))
         names = [criterion.name for criterion in rubric.criteria]

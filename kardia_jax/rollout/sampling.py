@@ -95,7 +95,9 @@ def inverse_cdf(weights: Float[Array, "N V"], uniform: Float[Array, " N"]) -> In
     return block * BLOCK + _first_above(jnp.cumsum(inside, -1), target - start, inside)
 
 
-def _first_above(running: Float[Array, "N M"], target: Float[Array, " N"], own: Float[Array, "N M"]) -> Int[Array, " N"]:
+def _first_above(
+    running: Float[Array, "N M"], target: Float[Array, " N"], own: Float[Array, "N M"]
+) -> Int[Array, " N"]:
     """First index with running > target and own > 0; when rounding leaves none, the last index with own > 0."""
     positive = own > 0
     hit = positive & (running > target[:, None])

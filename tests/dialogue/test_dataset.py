@@ -163,8 +163,7 @@ def test_parquet_gives_the_same_dialogues_as_jsonl(tmp_path: pathlib.Path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     write_jsonl(tmp_path / "rows.jsonl", rows)
     loaded = [
-        load_dialogues(DataConfig(source=str(tmp_path / name)), "train")
-        for name in ("rows.parquet", "rows.jsonl")
+        load_dialogues(DataConfig(source=str(tmp_path / name)), "train") for name in ("rows.parquet", "rows.jsonl")
     ]
     parquet, jsonl = (result.dialogues for result in loaded)
     assert [dialogue.where for dialogue in parquet] == [f"rows.parquet:{n}" for n in (1, 2, 3)]
@@ -206,9 +205,7 @@ def test_skipped_rows_are_counted_and_named(tmp_path: pathlib.Path):
 
 def test_the_first_bad_row_is_fatal_and_says_how_many_were_good(tmp_path: pathlib.Path):
     path = write_jsonl(tmp_path / "rows.jsonl", MIXED)
-    with pytest.raises(
-        RowError, match=r"rows.jsonl:2: emotion: .*'sad'\? 1 rows before it were good. .* skip\."
-    ):
+    with pytest.raises(RowError, match=r"rows.jsonl:2: emotion: .*'sad'\? 1 rows before it were good. .* skip\."):
         load_dialogues(DataConfig(source=str(path), bad_rows="fatal"), "train")
 
 
@@ -285,9 +282,7 @@ def test_a_path_that_is_not_there_never_asks_the_hub(source: str, monkeypatch: p
 
 
 def test_hub_rows_are_counted_from_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda source, split: datasets.Dataset.from_list([ROW, ROW])
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: datasets.Dataset.from_list([ROW, ROW]))
     loaded = load_dialogues(DataConfig(source="Jhcircle/KardiaBench"), "test")
     assert [dialogue.where for dialogue in loaded.dialogues] == [
         "Jhcircle/KardiaBench/test:1",

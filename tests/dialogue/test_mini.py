@@ -72,9 +72,7 @@ def test_personas_are_many_short_and_disjoint():
 
 def test_held_out_personas_do_only_what_train_personas_do():
     done = {
-        split: {
-            name for persona in MATERIAL.personas if persona.split == split for name in persona.activities
-        }
+        split: {name for persona in MATERIAL.personas if persona.split == split for name in persona.activities}
         for split in ("train", "test")
     }
     assert done["test"] <= done["train"] == set(MATERIAL.activities)
@@ -103,9 +101,7 @@ def test_text_is_filled_and_written_as_english():
     for row in BOTH:
         for text in (row["situation"], *said_by(row, "user"), *(spans.response for spans in spans_of(row))):
             assert not re.search(r"[{}|=]|  |\.\.|\bmy my\b", text), text
-            assert not re.search(r"\b[Aa] (?!one|uni)[aeiou]|\b[Aa]n (?!hour|honest|honor)[^aeiou]", text), (
-                text
-            )
+            assert not re.search(r"\b[Aa] (?!one|uni)[aeiou]|\b[Aa]n (?!hour|honest|honor)[^aeiou]", text), text
             assert all(part[0].isupper() for part in re.split(r"(?<=[.!?]) ", text)), text
 
 
@@ -136,9 +132,7 @@ def test_no_row_names_another_label():
 
 def test_three_tenths_of_the_replies_tie_in_the_profile_and_three_tenths_are_plain():
     ties = {
-        tie
-        for pastime in (MATERIAL.activities | MATERIAL.roles).values()
-        for tie in sum(pastime.ties.values(), ())
+        tie for pastime in (MATERIAL.activities | MATERIAL.roles).values() for tie in sum(pastime.ties.values(), ())
     }
     plains = set(sum(MATERIAL.frames["plain"].values(), ()))
     replies = [spans.response for row in TRAIN for spans in spans_of(row)]
@@ -170,9 +164,7 @@ def test_material_of_a_label(label: str):
 def test_a_reply_takes_up_a_word_of_what_was_said(label: str):
     for situation in MATERIAL.situations[label]:
         values = slot_values({slot: choices[0] for slot, choices in situation.slots.items()})
-        story = content(
-            " ".join(fill(text, values, "user") for text in (situation.situation, *situation.opens))
-        )
+        story = content(" ".join(fill(text, values, "user") for text in (situation.situation, *situation.opens)))
         assert all(content(fill(take, values, "reply")) & story for take in situation.takes), situation.name
         for more in situation.mores:
             heard = story | content(fill(more.text, values, "user"))

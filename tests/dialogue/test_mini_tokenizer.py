@@ -34,9 +34,7 @@ def test_any_text_comes_back(text: str):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 
 
-@pytest.mark.parametrize(
-    "text", [" a , b . n't", "Zürich 東京 🙂\r\n\t\x00", f"x {TAGS[0]} y<|im_end|>\n", ""]
-)
+@pytest.mark.parametrize("text", [" a , b . n't", "Zürich 東京 🙂\r\n\t\x00", f"x {TAGS[0]} y<|im_end|>\n", ""])
 def test_awkward_text_comes_back(text: str):
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
 

@@ -70,9 +70,7 @@ def test_the_built_in_prompt_has_the_structure_of_the_model_card():
     assert 100 <= len(text.split()) <= 140
     assert re.findall(r"\{(\w+)\}", text) == ["profile", "situation", "emotions"]
     assert [tag for tag in TAGS if text.count(tag) != 1] == []
-    places = [
-        text.index(part) for part in ("Understanding:", "{profile}", "{situation}", *TAGS, "{emotions}")
-    ]
+    places = [text.index(part) for part in ("Understanding:", "{profile}", "{situation}", *TAGS, "{emotions}")]
     assert places == sorted(places)
 
 
@@ -90,16 +88,12 @@ def test_a_replaced_prompt_is_read_and_checked(tmp_path: pathlib.Path):
     path.write_text("  Be kind to {profile}.\n", "utf-8")
     assert load_system_prompt(path) == "Be kind to {profile}."
     path.write_text("Be kind to {persona}.", "utf-8")
-    with pytest.raises(
-        ConfigError, match=r"no slots but \{profile\}, \{situation\}, \{emotions\}, got '\{persona\}'"
-    ):
+    with pytest.raises(ConfigError, match=r"no slots but \{profile\}, \{situation\}, \{emotions\}, got '\{persona\}'"):
         load_system_prompt(path)
 
 
 @pytest.mark.parametrize("content", [None, b" \n", b"\xff\xfe\xfa"])
-def test_a_prompt_file_that_is_absent_empty_or_no_text_is_refused(
-    tmp_path: pathlib.Path, content: bytes | None
-):
+def test_a_prompt_file_that_is_absent_empty_or_no_text_is_refused(tmp_path: pathlib.Path, content: bytes | None):
     path = tmp_path / "system.txt"
     if content is not None:
         path.write_bytes(content)
@@ -167,9 +161,7 @@ def test_prompt_and_completion_are_what_the_template_would_write(user: str, repl
 
 def test_many_at_once_are_the_same_as_one_by_one():
     chats = [messages_for(DIALOGUE, turn, SYSTEM, "spans") for turn in (0, 1)]
-    one_by_one = [
-        encode(TOKENIZER, chat, answer) for chat, answer in zip(chats, (FIRST, SECOND), strict=True)
-    ]
+    one_by_one = [encode(TOKENIZER, chat, answer) for chat, answer in zip(chats, (FIRST, SECOND), strict=True)]
     assert encode_batch(TOKENIZER, chats, [FIRST, SECOND]) == one_by_one
     assert encode_batch(TOKENIZER, [], None) == []
 
@@ -212,10 +204,7 @@ def test_decoding_keeps_special_tokens_and_drops_the_ids_given():
     pad = TOKENIZER.convert_tokens_to_ids("<|endoftext|>")
     ids = [*encode(TOKENIZER, CHAT, FIRST + " <|im_start|>").completion_tokens, pad, pad]
     assert decode_completion(TOKENIZER, ids, {IM_END, pad}) == FIRST + " <|im_start|>"
-    assert (
-        decode_completion(TOKENIZER, ids, set())
-        == FIRST + " <|im_start|><|im_end|><|endoftext|><|endoftext|>"
-    )
+    assert decode_completion(TOKENIZER, ids, set()) == FIRST + " <|im_start|><|im_end|><|endoftext|><|endoftext|>"
 
 
 LONG = DataConfig(max_prompt_tokens=4096)

@@ -82,9 +82,7 @@ def test_the_detail_names_the_fault():
     assert parse(GOOD.replace("sad", "greatful")) == Malformed(
         Reason.UNKNOWN_LABEL, "'greatful' is not one of the 32 labels; the closest label is 'grateful'"
     )
-    assert parse(GOOD.replace(f"{P}I am sorry.{Q}", "")) == Malformed(
-        Reason.MISSING, "the response span is missing"
-    )
+    assert parse(GOOD.replace(f"{P}I am sorry.{Q}", "")) == Malformed(Reason.MISSING, "the response span is missing")
 
 
 @pytest.mark.parametrize(
@@ -117,9 +115,7 @@ def test_words_in_angle_brackets_stay_where_the_models_tags_are_used():
 
 
 plain = st.text(max_size=40).map(str.strip).filter(lambda text: text and not any(tag in text for tag in TAGS))
-junk = st.lists(
-    st.sampled_from([*TAGS, "sad", " ", "x", "<|", "|>", "\n"]) | st.text(max_size=5), max_size=14
-)
+junk = st.lists(st.sampled_from([*TAGS, "sad", " ", "x", "<|", "|>", "\n"]) | st.text(max_size=5), max_size=14)
 
 
 @settings(deadline=None, max_examples=50)

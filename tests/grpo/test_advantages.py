@@ -81,15 +81,11 @@ def test_group_scaling_to_ten_decimals():
     np.testing.assert_allclose(_advantages(R)[0], expected, rtol=0, atol=1e-10)
 
 
-def _plain(
-    scale: str, rewards: np.ndarray, valid: np.ndarray, terms: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
+def _plain(scale: str, rewards: np.ndarray, valid: np.ndarray, terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The formulas with loops over lists of the rewards that are there."""
     result, summed = np.zeros_like(rewards), np.zeros_like(rewards)
     batch = rewards[valid]
-    centred = np.concatenate(
-        [r[v] - (r[v].mean() if v.any() else 0) for r, v in zip(rewards, valid, strict=True)]
-    )
+    centred = np.concatenate([r[v] - (r[v].mean() if v.any() else 0) for r, v in zip(rewards, valid, strict=True)])
     alive = np.zeros_like(valid)
     for p, there in enumerate(valid):
         r, L = rewards[p, there], LENGTHS[p, there]
@@ -206,9 +202,7 @@ def test_maxrl_is_silent_where_the_mean_is_not_positive():
 
 def test_seven_equal_float32_rewards_get_exactly_zero():
     rewards = np.full((1, 7), 0.1, np.float32)
-    assert (rewards - rewards.mean() != 0).all(), (
-        "the trap: equal rewards, and a mean that rounds differently"
-    )
+    assert (rewards - rewards.mean() != 0).all(), "the trap: equal rewards, and a mean that rounds differently"
     advantages = group_advantages(jnp.asarray(rewards), jnp.ones((1, 7), bool), AdvantageConfig(epsilon=0.0))
     assert (advantages == 0).all()
     assert advantages.dtype == jnp.float32
@@ -234,9 +228,7 @@ def test_spread_holds_per_term_with_gdpo():
 
 def test_float32_and_jit_agree_with_float64():
     config = AdvantageConfig()
-    compiled = jax.jit(lambda r, v: group_advantages(r, v, config))(
-        jnp.asarray(R, jnp.float32), jnp.asarray(ALL)
-    )
+    compiled = jax.jit(lambda r, v: group_advantages(r, v, config))(jnp.asarray(R, jnp.float32), jnp.asarray(ALL))
     np.testing.assert_allclose(compiled, _advantages(R), atol=FLOAT32)
 
 

@@ -259,9 +259,7 @@ def _metrics(**settings_) -> dict[str, float]:
     return {name: float(mean.sum / mean.weight) for name, mean in metrics.items()}
 
 
-@pytest.mark.parametrize(
-    ("kl", "expected"), [("k1", 0.0096153846), ("k2", 0.0366586538), ("k3", 0.0370211577)]
-)
+@pytest.mark.parametrize(("kl", "expected"), [("k1", 0.0096153846), ("k2", 0.0366586538), ("k3", 0.0370211577)])
 def test_kl_token_means(kl: str, expected: float):
     assert _metrics(kl=kl, beta=0.0)["kl"] == pytest.approx(expected, abs=PRINTED)
 
@@ -295,9 +293,7 @@ def test_mismatch_diagnostics():
 
 @st.composite
 def _configs(draw: st.DrawFn) -> LossConfig:
-    name = draw(
-        st.sampled_from(["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "gspo", "sapo", "luspo", "vespo"])
-    )
+    name = draw(st.sampled_from(["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "gspo", "sapo", "luspo", "vespo"]))
     clipped, token_only = name not in ("cispo", "sapo", "vespo"), name in ("cispo", "sapo")
     levels = ["auto"] if name == "vespo" else ["auto", "token"] if token_only else ["auto", "sequence_token"]
     whole = ["none", "token_tis", "token_mis", "icepop"]
@@ -305,9 +301,7 @@ def _configs(draw: st.DrawFn) -> LossConfig:
     return LossConfig(
         name=name,
         importance=draw(st.sampled_from(levels)),
-        aggregation=draw(
-            st.sampled_from(["auto", "sequence_mean", "token_mean", "fixed_length", "sequence_sum"])
-        ),
+        aggregation=draw(st.sampled_from(["auto", "sequence_mean", "token_mean", "fixed_length", "sequence_sum"])),
         clip_low=0.1 if clipped else None,
         clip_high=0.15 if clipped else None,
         delta=draw(st.sampled_from([None, 1.3])) if clipped else None,

@@ -18,9 +18,7 @@ def _slopes(name: str, ratio_of_policy: bool = True) -> np.ndarray:
         estimate = make_kl(name, "none")
 
         def value(policy: jax.Array) -> jax.Array:
-            ratio = (
-                jnp.exp(policy - jax.lax.stop_gradient(policy)) if ratio_of_policy else jnp.ones_like(policy)
-            )
+            ratio = jnp.exp(policy - jax.lax.stop_gradient(policy)) if ratio_of_policy else jnp.ones_like(policy)
             return estimate(policy, jnp.asarray(DIFFERENCES), ratio).sum()
 
         return np.asarray(jax.grad(value)(jnp.zeros((4, 5))))
@@ -45,9 +43,7 @@ def test_derivatives(name: str):
 @pytest.mark.parametrize("name", ["k3_unbiased", "k3_unbiased_token"])
 def test_ratio_weighted_k3_on_policy_has_the_gradient_of_k2(name: str):
     np.testing.assert_allclose(_slopes(name), -DIFFERENCES, rtol=0, atol=EXACT)
-    np.testing.assert_allclose(
-        _slopes(name, ratio_of_policy=False), 1 - np.exp(DIFFERENCES), rtol=0, atol=EXACT
-    )
+    np.testing.assert_allclose(_slopes(name, ratio_of_policy=False), 1 - np.exp(DIFFERENCES), rtol=0, atol=EXACT)
 
 
 def test_small_differences_keep_their_digits_in_float32():
@@ -76,9 +72,7 @@ def test_schulmans_check(shift: float, name: str):
     assert estimate.std() == pytest.approx(spread, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("clamp", "expected"), [("none", np.exp(25.0) - 26), ("verl", 10.0), ("openrlhf", 10.0)]
-)
+@pytest.mark.parametrize(("clamp", "expected"), [("none", np.exp(25.0) - 26), ("verl", 10.0), ("openrlhf", 10.0)])
 def test_clamps_by_name(clamp: str, expected: float):
     far = make_kl("k3", clamp)(jnp.zeros((1, 1)), jnp.full((1, 1), 25.0), jnp.ones((1, 1)))
     assert float(far[0, 0]) == pytest.approx(expected, rel=1e-6)

@@ -166,9 +166,7 @@ def test_a_product_that_overflows_silences_vespo_and_is_finite():
 
 def test_order_of_weight_and_kl():
     """Weight 0 (sampler far off) leaves the KL in one order and nothing in the other."""
-    inputs = _on_policy()._replace(
-        ref_logprobs=_random(1).ref_logprobs, sampler_logprobs=jnp.full(MASK.shape, -9.0)
-    )
+    inputs = _on_policy()._replace(ref_logprobs=_random(1).ref_logprobs, sampler_logprobs=jnp.full(MASK.shape, -9.0))
     fields = {"correction": "token_mis", "beta": 0.1}
     assert _value(LossConfig(**fields), inputs) > 0
     assert _value(LossConfig(**fields, kl_order="kl_then_weight"), inputs) == 0
@@ -295,9 +293,7 @@ def test_gradients_flow_through_the_policy_only():
     loss = make_loss(LossConfig(correction="token_tis"), LONGEST)
 
     def value(old: jax.Array, ref: jax.Array, sampler: jax.Array, advantages: jax.Array) -> jax.Array:
-        changed = inputs._replace(
-            old_logprobs=old, ref_logprobs=ref, sampler_logprobs=sampler, advantages=advantages
-        )
+        changed = inputs._replace(old_logprobs=old, ref_logprobs=ref, sampler_logprobs=sampler, advantages=advantages)
         return loss(changed)[0].sum
 
     slopes = jax.grad(value, argnums=(0, 1, 2, 3))(

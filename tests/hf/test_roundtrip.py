@@ -112,14 +112,10 @@ def test_shards_hold_the_same_tensors_and_load_everywhere(tmp_path):
     assert sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == 4 * spec.parameter_count
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for (name, ours), (_, theirs) in zip(
-        loaded.state_dict().items(), model.state_dict().items(), strict=True
-    ):
+    for (name, ours), (_, theirs) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(ours, theirs), name
     again = load_params(tmp_path / "out", spec)
-    np.testing.assert_array_equal(
-        again["blocks"]["mlp"]["up"]["kernel"], params["blocks"]["mlp"]["up"]["kernel"]
-    )
+    np.testing.assert_array_equal(again["blocks"]["mlp"]["up"]["kernel"], params["blocks"]["mlp"]["up"]["kernel"])
 
 
 def test_shards_that_transformers_wrote_are_read(tmp_path):
@@ -129,9 +125,7 @@ def test_shards_that_transformers_wrote_are_read(tmp_path):
     spec = spec_of(tmp_path / "one")
     one, many = load_params(tmp_path / "one", spec), load_params(tmp_path / "many", spec)
     np.testing.assert_array_equal(one["embed"]["embedding"], many["embed"]["embedding"])
-    np.testing.assert_array_equal(
-        one["blocks"]["attention"]["o"]["kernel"], many["blocks"]["attention"]["o"]["kernel"]
-    )
+    np.testing.assert_array_equal(one["blocks"]["attention"]["o"]["kernel"], many["blocks"]["attention"]["o"]["kernel"])
 
 
 def test_the_export_stops_pads_and_tokenises_as_told(tmp_path):

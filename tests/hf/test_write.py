@@ -19,9 +19,7 @@ Usage = namedtuple("Usage", "total used free")
 
 def params_of(spec: ModelSpec = SPEC):
     generator, lengths = np.random.default_rng(0), sizes(spec)
-    return nested(
-        {rule.path: generator.normal(size=shape(rule, lengths)).astype("f4") for rule in rules(spec)}
-    )
+    return nested({rule.path: generator.normal(size=shape(rule, lengths)).astype("f4") for rule in rules(spec)})
 
 
 def tokenizer_of(ids: int = 10) -> PreTrainedTokenizerFast:

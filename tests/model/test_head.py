@@ -66,7 +66,10 @@ def test_table_gradient_is_summed_in_float32_over_bfloat16_slices():
 
 def test_no_array_of_tokens_by_vocabulary_in_the_compiled_gradient():
     tokens, vocabulary, width, chunk = 4096, 8192, 16, 64
-    shapes = (jax.ShapeDtypeStruct((tokens, width), jnp.float32), jax.ShapeDtypeStruct((vocabulary, width), jnp.float32))
+    shapes = (
+        jax.ShapeDtypeStruct((tokens, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
+    )
 
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradient(hidden, table):

@@ -111,7 +111,9 @@ def test_padded_vocabulary_rows_take_no_probability():
     spec = SMALL.with_tokens(90)
     prompt, lengths, completion = batch(SMALL)
     completion = completion % 90
-    logprobs, entropy = policy.group_logprobs(spec, COMPUTE, params_of(SMALL), prompt, lengths, completion, jnp.float32(1))
+    logprobs, entropy = policy.group_logprobs(
+        spec, COMPUTE, params_of(SMALL), prompt, lengths, completion, jnp.float32(1)
+    )
     all_rows = repeated_logprobs(SMALL, params_of(SMALL), prompt, lengths, completion, 1.0)
     assert (logprobs > all_rows).all()
     assert (entropy <= np.log(90) + 1e-6).all()
@@ -121,7 +123,12 @@ ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10_000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
-    "yarn": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
     "llama3": {
         "rope_type": "llama3",
         "rope_theta": 10_000.0,
@@ -138,13 +145,21 @@ def test_rope_frequencies_are_those_of_transformers(kind):
     from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-    raw = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 256, "rope_parameters": ROPES[kind]}
+    raw = {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "rope_parameters": ROPES[kind],
+    }
     theirs = Qwen2RotaryEmbedding(Qwen2Config(**raw))
     ours = RopeSpec.from_hf(raw)
     np.testing.assert_allclose(ours.inverse_frequencies(32), theirs.inv_freq.numpy(), rtol=1e-6)
     assert ours.attention_factor == pytest.approx(theirs.attention_scaling)
     assert RopeSpec.from_hf({"rope_parameters": ours.to_hf(), "max_position_embeddings": 256}) == dataclasses.replace(
-        ours, original_positions=RopeSpec.from_hf({"rope_parameters": ours.to_hf(), "max_position_embeddings": 256}).original_positions
+        ours,
+        original_positions=RopeSpec.from_hf(
+            {"rope_parameters": ours.to_hf(), "max_position_embeddings": 256}
+        ).original_positions,
     )
 
 
@@ -161,7 +176,9 @@ def test_parameter_count_is_that_of_the_tree(name):
     spec = named_shape(name)
     shapes = jax.eval_shape(functools.partial(policy.init, spec), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == spec.parameter_count
-    assert ModelSpec.from_hf(spec.to_hf()) == dataclasses.replace(spec, token_count=None, rope=ModelSpec.from_hf(spec.to_hf()).rope)
+    assert ModelSpec.from_hf(spec.to_hf()) == dataclasses.replace(
+        spec, token_count=None, rope=ModelSpec.from_hf(spec.to_hf()).rope
+    )
 
 
 def test_published_sizes():

@@ -103,9 +103,7 @@ def test_lengths_must_agree():
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 4)), min_size=1, max_size=30), st.integers(0, 9)
-)
+@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 4)), min_size=1, max_size=30), st.integers(0, 9))
 def test_the_statistic_form_agrees_with_the_mean_form(rows, seed):
     values, clusters = [float(value) for value, _ in rows], [cluster for _, cluster in rows]
     data = np.array(values)

@@ -12,9 +12,7 @@ from kardia_jax.observe.jsonl import JsonlError, JsonlWriter, read_rows, truncat
 def test_lines_are_strict_json_with_null_for_what_is_not_finite(tmp_path):
     path = tmp_path / "deep" / "metrics.jsonl"
     with JsonlWriter(path) as writer:
-        writer.write(
-            1, {"kl": math.nan, "ratio": [math.inf, 1.5], "by": {"a": np.float32("nan"), "b": np.int64(3)}}
-        )
+        writer.write(1, {"kl": math.nan, "ratio": [math.inf, 1.5], "by": {"a": np.float32("nan"), "b": np.int64(3)}})
     assert path.read_text() == '{"step": 1, "kl": null, "ratio": [null, 1.5], "by": {"a": null, "b": 3}}\n'
 
 

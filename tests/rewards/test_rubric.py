@@ -25,9 +25,7 @@ from kardia_jax.rewards.rubric import (
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "kardia_five_prompt.txt"
 NAMES = [criterion.name for criterion in KARDIA_FIVE.criteria]
 LEVELS = ("no", "hardly", "partly", "mostly", "yes")
-TWO = Rubric(
-    "two", "1", (Criterion("tone", "Kind?", LEVELS), Criterion("sense", "Clear?", LEVELS, weight=3.0))
-)
+TWO = Rubric("two", "1", (Criterion("tone", "Kind?", LEVELS), Criterion("sense", "Clear?", LEVELS, weight=3.0)))
 REQUEST = JudgeRequest(
     profile="MBTI: ISFJ\nAbout: She keeps bees.",
     situation="The hive did not survive the winter.",
@@ -158,9 +156,7 @@ def test_junk_never_raises(text: str):
 @settings(deadline=None, max_examples=50)
 def test_a_written_verdict_reads_back(given_marks: list[tuple[str, int]]):
     entries = dict(zip(("tone", "sense"), given_marks, strict=True))
-    text = json.dumps(
-        {name: {"reason": f"r{reason}", "mark": mark} for name, (reason, mark) in entries.items()}
-    )
+    text = json.dumps({name: {"reason": f"r{reason}", "mark": mark} for name, (reason, mark) in entries.items()})
     said = read_verdict(TWO, text)
     assert isinstance(said, Verdict)
     assert said.by_name() == {name: mark for name, (_, mark) in entries.items()}

@@ -112,9 +112,7 @@ def _row_seed(split: Split, seed: int, index: int) -> int:
     return (seed * len(_SPLITS) + _SPLITS.index(split)) * 1_000_003 + index + 1
 
 
-def _row(
-    rng: random.Random, found: Material, persona: Persona, emotion: Emotion, situation: Situation
-) -> Row:
+def _row(rng: random.Random, found: Material, persona: Persona, emotion: Emotion, situation: Situation) -> Row:
     scene = _scene(rng, found, persona, emotion, situation)
     messages = [_message("system", found.frames["system"]["text"][0])]
     for beat in _beats(rng, scene):
@@ -130,9 +128,7 @@ def _row(
     }
 
 
-def _scene(
-    rng: random.Random, found: Material, persona: Persona, emotion: Emotion, situation: Situation
-) -> Scene:
+def _scene(rng: random.Random, found: Material, persona: Persona, emotion: Emotion, situation: Situation) -> Scene:
     return Scene(
         material=found,
         persona=persona,

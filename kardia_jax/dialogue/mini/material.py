@@ -176,9 +176,7 @@ def _blocks(file: str) -> Blocks:
 
 
 def _situation_blocks() -> Blocks:
-    names = [
-        entry.name for entry in resources.files("kardia_jax.dialogue.mini").joinpath("material").iterdir()
-    ]
+    names = [entry.name for entry in resources.files("kardia_jax.dialogue.mini").joinpath("material").iterdir()]
     blocks: Blocks = {}
     for file in sorted(name for name in names if name.startswith("situations_")):
         blocks |= _blocks(file)

@@ -27,9 +27,7 @@ _MAY_REPEAT = frozenset(("very", "really", "so", "had", "that", "no", "oh", "far
 
 def faults(words: tuple[str, ...]) -> float:
     """The grammatical faults of one sentence of lower-case tokens."""
-    return (
-        _reading_cost(words) + _pair_faults(words) + _missing_verb(words) + (words.count(",") >= LIST_COMMAS)
-    )
+    return _reading_cost(words) + _pair_faults(words) + _missing_verb(words) + (words.count(",") >= LIST_COMMAS)
 
 
 def _reading_cost(words: tuple[str, ...]) -> float:
@@ -37,10 +35,7 @@ def _reading_cost(words: tuple[str, ...]) -> float:
     costs = follow_costs()
     paths = {"^": 0.0}
     for letters in [_letters(word) for word in words if word not in _ENDS]:
-        paths = {
-            letter: min(paid + costs[last].get(letter, 1.0) for last, paid in paths.items())
-            for letter in letters
-        }
+        paths = {letter: min(paid + costs[last].get(letter, 1.0) for last, paid in paths.items()) for letter in letters}
     return min(paid + costs[last].get("$", 1.0) for last, paid in paths.items())
 
 
@@ -62,9 +57,7 @@ def guess(word: str) -> str:
 
 def _pair_faults(words: tuple[str, ...]) -> float:
     pairs = list(itertools.pairwise(words))
-    doubled = sum(
-        first == second and first[0].isalpha() and first not in _MAY_REPEAT for first, second in pairs
-    )
+    doubled = sum(first == second and first[0].isalpha() and first not in _MAY_REPEAT for first, second in pairs)
     wrong = sum(pair in bad_pairs() or _wrong_article(*pair) for pair in pairs)
     return float(doubled + wrong)
 

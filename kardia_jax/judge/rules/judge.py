@@ -1,6 +1,6 @@
 """The embedded judge: five rules over text, no network, no model, the same answer every time.
 
->>> RuleJudge().mark(JudgeRequest("About: She bakes.", "I lost my job.", (("user", "They fired me."),), "Hm."))
+>>> RuleJudge().mark(JudgeRequest("About: A baker.", "I lost my job.", (("user", "They fired me."),), "Hm."))
 Verdict(marks=(Mark(criterion='relevance', mark=1, reason='names nothing of the situation'), ...))
 """
 

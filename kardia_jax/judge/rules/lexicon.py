@@ -1,10 +1,10 @@
-"""The word lists behind the rules, read once from ``lexicon/``.
+"""The word lists behind the rules, read once from ``words/``.
 
 Word classes are letters (``word_classes.tsv``); a word has a string of them, for instance "light" is "ANV".
 Families of feelings carry a valence: +1 pleasant, -1 unpleasant, 0 either.
 
 >>> classes("light"), classes("gardens"), classes("flurble")
-('ANV', 'N', '')
+('ANV', 'NZ', '')
 >>> feeling("worried")
 (Feeling(family='fear', valence=-1),)
 """
@@ -26,7 +26,7 @@ class Feeling(NamedTuple):
 
 
 def _lines(name: str) -> Iterator[str]:
-    text = resources.files("kardia_jax.judge.rules").joinpath("lexicon", name).read_text("utf-8")
+    text = resources.files("kardia_jax.judge.rules").joinpath("words", name).read_text("utf-8")
     return (line for line in text.splitlines() if line and not line.startswith("#"))
 
 
@@ -216,7 +216,7 @@ def phrases(group: str, lower: str) -> int:
 
 @functools.cache
 def _phrases() -> dict[str, tuple[re.Pattern[str], dict[str, str]]]:
-    """Per group one pattern, with a named group per line of ``phrases.tsv``, and what the lines are called."""
+    """Per group one pattern, with a named group per line of ``phrases.tsv``, and the lines' names."""
     lines: dict[str, list[tuple[str, str]]] = {}
     for group, name, pattern in _rows("phrases.tsv"):
         lines.setdefault(group, []).append((name, pattern))

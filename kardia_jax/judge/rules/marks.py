@@ -3,6 +3,8 @@
 Every rule is a cascade: the first line that fits decides. The marks follow the level descriptions of
 ``rewards/kardia_five.py``; what each rule looks at is told in ``judge/rules/__init__.py``.
 
+>>> from kardia_jax.judge.rules.view import look
+>>> from kardia_jax.rewards.rubric import JudgeRequest
 >>> view = look(JudgeRequest("About: She bakes bread.", "I lost my job.", (("user", "They fired me."),), ""))
 >>> fluency(view)
 (1, 'says nothing')
@@ -18,10 +20,10 @@ Judged = tuple[int, str]
 
 IDEAL_WORDS = 32
 """About thirty tokens are wanted; from here on length costs."""
-CLEAR_MOOD = 3
-"""Summed valence from which a talk is clearly pleasant or unpleasant."""
 LONG_WORDS = 48
 PADDED_WORDS = 70
+CLEAR_MOOD = 3
+"""Summed valence from which a talk is clearly pleasant or unpleasant."""
 
 
 def relevance(view: View) -> Judged:
@@ -35,9 +37,9 @@ def relevance(view: View) -> Judged:
     hits = _hits(statements, view)
     asked = _hits([line for line in reply.sentences if line.sound], view)
     if not hits:
-        return (2, f"only asks about {_some(asked)}") if asked else (1, "names nothing of the situation")
+        return (2, f"only asks about {_spelled(asked, view)}") if asked else (1, "names nothing of the situation")
     near = hits & (talk.recent if len(talk.recent) > 1 else talk.topic)
-    mark, reason = _closeness(len(hits), len(near), _some(near or hits))
+    mark, reason = _closeness(len(hits), len(near), _spelled(near or hits, view))
     aside = sum(not line.stems & (talk.topic | view.profile.stems) for line in reply.sentences)
     if aside >= 3:
         mark = min(mark, 3)
@@ -67,9 +69,7 @@ def empathy(view: View) -> Judged:
     """A feeling of the right kind, tied to its cause; dismissal and self-talk come last."""
     if against := _against(view):
         return 1, against
-    sound = [
-        line for line in view.reply.sentences if line.sound and not phrase("sign_off", " ".join(line.words))
-    ]
+    sound = [line for line in view.reply.sentences if line.sound and not phrase("sign_off", " ".join(line.words))]
     if opposed := _opposed(sound, view):
         return 1, f"answers another feeling ({opposed})"
     families = {family for line in sound for family, _ in feelings_in(line.own) if family}
@@ -122,19 +122,19 @@ def persona_consistency(view: View) -> Judged:
     fresh = named - view.talk.topic
     facts = _facts_needed(fresh, profile.facts)
     if facts > 2 or len(fresh) > 5:
-        return 1, f"recites the profile ({_some(fresh)})"
+        return 1, f"recites the profile ({_spelled(fresh, view)})"
     if reply.copied_profile:
         return 2, "copies the profile's own words"
     if not named:
         return 2, "fits anyone: nothing of the profile is in it"
     sound = _stems([line for line in reply.sentences if line.sound]) & named
     if not sound:
-        return 1, f"drops profile words into broken sentences ({_some(named)})"
+        return 1, f"drops profile words into broken sentences ({_spelled(named, view)})"
     return _tie(view, sound)
 
 
 def _tie(view: View, sound: frozenset[str]) -> Judged:
-    reply, some = view.reply, _some(sound)
+    reply, some = view.reply, _spelled(sound, view)
     if not _hits(reply.sentences, view) - sound and not sound & view.talk.topic:
         return 2, f"forces in the profile ({some}) without a tie to what was said"
     clumsy = any(line.faults and line.stems & sound for line in reply.sentences)
@@ -153,9 +153,7 @@ def safety(view: View) -> Judged:
         if phrase("help", lower):
             return 5, f"answers a {crisis} by pointing to help"
         return (
-            (3, f"answers a {crisis} half-heartedly")
-            if phrase("some_help", lower)
-            else (2, f"passes over a {crisis}")
+            (3, f"answers a {crisis} half-heartedly") if phrase("some_help", lower) else (2, f"passes over a {crisis}")
         )
     for mark in (3, 4):
         if name := phrase(f"unsafe_{mark}", lower):
@@ -215,7 +213,7 @@ def _loops(words: tuple[str, ...]) -> int:
 
 
 def _off_stage(view: View) -> str:
-    """Why the reply is no part of this conversation, or ""."""
+    """Why nothing else in the reply can count, or ""."""
     reply = view.reply
     if not reply.words:
         return "says nothing"
@@ -223,6 +221,10 @@ def _off_stage(view: View) -> str:
         return "speaks to its judge"
     if phrase("self_praise", reply.lower):
         return "praises itself"
+    if harm := phrase("unsafe_1", reply.lower):
+        return f"does harm ({harm})"
+    if view.talk.crisis and not phrase("help", reply.lower) and not phrase("some_help", reply.lower):
+        return f"passes over a {view.talk.crisis}"
     if len(reply.words) > PADDED_WORDS:
         return f"buries its point in {len(reply.words)} words"
     return ""
@@ -235,6 +237,8 @@ def _against(view: View) -> str:
         return off_stage
     if name := phrase("dismissal", reply.lower):
         return f"dismisses the feeling ({name})"
+    if name := phrase("unsafe_2", reply.lower):
+        return f"hurts the person ({name})"
     if name := phrase("self_focus", reply.lower):
         return f"turns to itself ({name})"
     if reply.copied_share > 0.4:
@@ -275,6 +279,12 @@ def _facts_needed(named: frozenset[str], facts: tuple[frozenset[str], ...]) -> i
 
 def _stems(lines: Sequence[Sentence]) -> frozenset[str]:
     return frozenset(stem for line in lines for stem in line.stems)
+
+
+def _spelled(stems: frozenset[str], view: View) -> str:
+    """The reply's own words for some stems."""
+    words = {key(word): word for word in view.reply.own_words}
+    return _some({words.get(stem, stem) for stem in stems})
 
 
 def _some(words: frozenset[str] | set[str] | tuple[str, ...]) -> str:

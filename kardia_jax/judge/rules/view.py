@@ -44,8 +44,6 @@ class Profile:
 
     stems: frozenset[str]
     facts: tuple[frozenset[str], ...]
-    introvert: bool | None
-    """First letter of the MBTI type; None where the profile names none."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +125,7 @@ def look(request: JudgeRequest) -> View:
     said = tuple(text for role, text in request.history if role == "user")
     profile, talk = read_profile(request.profile), read_talk(request.situation, said)
     heard = copies_of((request.situation, *said))
-    return View(
-        profile, talk, _read_reply(request.reply, talk, profile, heard, copies_of((request.profile,)))
-    )
+    return View(profile, talk, _read_reply(request.reply, talk, profile, heard, copies_of((request.profile,))))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -138,9 +134,8 @@ def read_profile(text: str) -> Profile:
     body = _HEADERS.sub("", text)
     parts = (_specific_stems(tokens(part)) for part in _FACT.split(body))
     facts = tuple(part for part in parts if part)
-    kind = re.search(r"\b([IE])[NS][TF][JP]\b", text)
     stems = frozenset().union(*facts)
-    return Profile(stems, facts, kind.group(1) == "I" if kind else None)
+    return Profile(stems, facts)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -192,9 +187,7 @@ def mood(tally: Counter[tuple[str, int]]) -> int:
 
 
 def _feeling_tally(words: tuple[str, ...]) -> Counter[tuple[str, int]]:
-    events: Counter[tuple[str, int]] = Counter(
-        (family, valence) for word in words for family, valence in event(word)
-    )
+    events: Counter[tuple[str, int]] = Counter((family, valence) for word in words for family, valence in event(word))
     named = feelings_in(words)
     return named + named + events
 

@@ -1,0 +1,179 @@
+"""The command line: ``kardia VERB [CONFIG.py] [--part.field value ...]``.
+
+    kardia demo configs/demo.py --seeds 3
+    kardia grpo configs/kardia.py --run.dir runs/a --grpo.group 16
+    kardia export runs/a out/a --dtype bfloat16
+
+A config file is Python with ``get_config() -> Config``; what follows overrides its fields. Errors that a person can
+mend are one message on stderr and exit code 2 (1 for a run that stopped); anything else is a bug and shows its trace.
+"""
+
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from kardia_jax.config import Config, ConfigError
+
+USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
+
+  demo     mini data, warm start, GRPO, evaluation, export: the whole path in minutes   [--seeds N]
+  sft      supervised warm start
+  grpo     GRPO against the rubric judge
+  eval     held-out evaluation of a policy
+  export   RUN_DIR TARGET: a run's newest checkpoint as a Hugging Face directory
+  doctor   what this machine and this installation can do
+
+  kardia VERB --help lists every field with its default. CONFIG.py is a Python file with get_config()."""
+
+
+@dataclass(frozen=True)
+class DemoArgs:
+    """The whole path on one machine; see configs/demo.py."""
+
+    config: tyro.conf.OmitArgPrefixes[Config]
+    seeds: int = 1
+    """Runs with different seeds; intervals are over seeds when there are several."""
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """A run's newest checkpoint as a Hugging Face directory."""
+
+    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Folder of a `kardia sft` or `kardia grpo` run."""
+    target: Annotated[pathlib.Path, tyro.conf.Positional]
+    """Folder to write; must not exist unless --overwrite."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the exported weights."""
+    overwrite: bool = False
+    """Replace a folder that holds a model."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments.pop(0) if arguments else "--help"
+    if verb in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if verb not in VERBS:
+        print(f"verb: wanted one of {', '.join(VERBS)}, got {verb!r}.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        VERBS[verb](arguments)
+    except (ValueError, OSError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"kardia {verb}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not _is_ours(error):
+            raise
+        print(f"kardia {verb}: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"kardia {verb}: interrupted; go on with --run.resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the error was written for a person: raised by name in this package, or the system's own on a file."""
+    return type(error).__module__.startswith("kardia_jax") or (isinstance(error, OSError) and bool(error.filename))
+
+
+def read_config(verb: str, arguments: list[str]) -> Config:
+    """The config file, if the first argument is one, with the overrides that follow it."""
+    base = config_file(arguments)
+    return tyro.cli(Config, prog=f"kardia {verb}", args=arguments, default=base)
+
+
+def config_file(arguments: list[str]) -> Config:
+    """Takes a leading path off the arguments and runs its ``get_config()``; the defaults where there is none."""
+    if not arguments or arguments[0].startswith("-"):
+        return Config()
+    path = pathlib.Path(arguments.pop(0))
+    if not path.is_file():
+        raise ConfigError("config file", "an existing Python file with get_config()", str(path))
+    spec = importlib.util.spec_from_file_location("kardia_config", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError("config file", "a .py file", str(path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = vars(module).get("get_config")
+    config = make() if callable(make) else None
+    if not isinstance(config, Config):
+        raise ConfigError(str(path), "a function get_config() -> kardia_jax.config.Config", config)
+    return config
+
+
+# The rooms behind a verb take seconds to import (JAX, transformers), so each verb imports its own.
+
+
+def _demo(arguments: list[str]) -> None:
+    from kardia_jax.demo import run_demo
+
+    if not arguments or (arguments[0].startswith("-") and "--help" not in arguments):
+        fix = "In a clone of the repository: kardia demo configs/demo.py"
+        raise ConfigError("demo", "a config file first", " ".join(arguments) or None, fix)
+    args = tyro.cli(DemoArgs, prog="kardia demo", default=DemoArgs(config_file(arguments)), args=arguments)
+    run_demo(args.config, args.seeds)
+
+
+def _sft(arguments: list[str]) -> None:
+    config = read_config("sft", arguments)
+    from kardia_jax.export import export_policy
+    from kardia_jax.policies import load_policy
+    from kardia_jax.sft import train_sft
+
+    policy = train_sft(config, load_policy(config.model, config.run.seed))
+    export_policy(config, policy, "sft", config.run.dir / "hf", overwrite=True)
+
+
+def _grpo(arguments: list[str]) -> None:
+    config = read_config("grpo", arguments)
+    from kardia_jax.export import export_policy
+    from kardia_jax.policies import load_policy
+    from kardia_jax.scoring import make_grader
+    from kardia_jax.train import train_grpo
+
+    policy = load_policy(config.model, config.run.seed)
+    policy = train_grpo(config, policy, make_grader(config.judge, config.rewards))
+    export_policy(config, policy, "grpo", config.run.dir / "hf", overwrite=True)
+
+
+def _eval(arguments: list[str]) -> None:
+    config = read_config("eval", arguments)
+    from kardia_jax.report import evaluate_and_report
+
+    evaluate_and_report(config)
+
+
+def _export(arguments: list[str]) -> None:
+    args = tyro.cli(ExportArgs, prog="kardia export", args=arguments)
+    from kardia_jax.export import export_run
+
+    export_run(args.run, args.target, args.dtype, args.overwrite)
+
+
+def _doctor(arguments: list[str]) -> None:
+    if arguments:
+        raise ConfigError("doctor", "no arguments", arguments)
+    from kardia_jax.doctor import diagnose
+
+    diagnose()
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "sft": _sft,
+    "grpo": _grpo,
+    "eval": _eval,
+    "export": _export,
+    "doctor": _doctor,
+}

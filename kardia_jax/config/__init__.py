@@ -1,0 +1,40 @@
+"""Everything a run can be told; see ``tree``."""
+
+from kardia_jax.config.errors import ConfigError
+from kardia_jax.config.objective import AdvantageConfig, LossConfig
+from kardia_jax.config.tree import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    GrpoConfig,
+    JudgeConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RunConfig,
+    SamplerConfig,
+    SftConfig,
+    flat,
+    from_json,
+    to_json,
+)
+
+__all__ = [
+    "AdvantageConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "GrpoConfig",
+    "JudgeConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "SftConfig",
+    "flat",
+    "from_json",
+    "to_json",
+]

@@ -1,0 +1,326 @@
+"""One tree of frozen dataclasses: every default and every check lives here and nowhere else.
+
+Rooms are handed the part that they need, never the root. A config file is Python with ``get_config() -> Config``;
+``kardia VERB FILE --part.field value`` overrides it. The docstring under a field is its ``--help``.
+"""
+
+import dataclasses
+import json
+import pathlib
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kardia_jax.config.errors import check_choices, require
+from kardia_jax.config.objective import AdvantageConfig, LossConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how often it reports and saves."""
+
+    dir: pathlib.Path = pathlib.Path("runs/default")
+    """Folder of this run: checkpoints, metrics.jsonl, rollouts.jsonl, config.json."""
+    seed: int = 0
+    """Root of every random key."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint in the folder; without it a folder that has one is refused."""
+    save_every: int = 50
+    """Updates between checkpoints (one is always written at the end)."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    log_rollouts: int = 1
+    """Groups per step written to rollouts.jsonl; 0 writes none, -1 all."""
+    console: bool = True
+    """Live progress on the terminal; the JSONL metrics are written either way."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Where metrics go besides metrics.jsonl; needs the extra `track`."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "run.seed", "an integer in [0, 2^31)", self.seed)
+        require(self.save_every >= 1, "run.save_every", "at least 1", self.save_every)
+        require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "at least 1", self.keep_checkpoints)
+        require(self.log_rollouts >= -1, "run.log_rollouts", "-1 (all), 0 or more", self.log_rollouts)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which dialogues, and how they become prompts."""
+
+    source: str = "mini"
+    """`mini` (the shipped synthetic set), a .jsonl or .parquet file (it serves both splits), a folder holding
+    train.* and test.*, or a Hub id."""
+    bad_rows: Literal["skip", "fatal"] = "fatal"
+    """What a row that does not fit the schema does: stop the run, or be reported, counted and left out."""
+    system_prompt: pathlib.Path | None = None
+    """Text file that replaces the built-in system prompt; it may use {profile}, {situation} and {emotions}."""
+    history: Literal["reply", "spans"] = "reply"
+    """Earlier assistant turns in the prompt: the reply alone (what the user saw), or all four spans as in the row."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt; see long_prompts."""
+    long_prompts: Literal["fatal", "skip"] = "fatal"
+    """What a longer prompt does: stop the run with its row, or be counted and left out."""
+    train_limit: int | None = None
+    """Use only the first so many good training dialogues, in file order; rows beyond are not read."""
+    test_limit: int | None = None
+    """The same for test dialogues."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.source", "mini, a file, a folder or a Hub id", self.source)
+        require(self.max_prompt_tokens >= 8, "data.max_prompt_tokens", "at least 8", self.max_prompt_tokens)
+        for name in ("train_limit", "test_limit"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name}", "none or at least 1", value)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which policy to start from."""
+
+    source: str = "tiny-qwen3"
+    """Name of a built-in random model (see `kardia doctor`), or a local Hugging Face directory."""
+    tokenizer: str = "mini"
+    """`mini` (the shipped tokenizer), or a local directory; ignored where the model's own directory has one."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    """Compute type; auto is bfloat16 on accelerators and float32 on CPU. Master parameters are always float32."""
+    remat: Literal["none", "block", "dots"] = "block"
+    """What the backward pass recomputes: nothing, every block, or everything but the blocks' matrix products."""
+    head_chunk: int = 1024
+    """Completion tokens per slice of the LM head in the learner: memory is head_chunk x vocabulary floats."""
+
+    def __post_init__(self) -> None:
+        require(self.head_chunk >= 1, "model.head_chunk", "at least 1", self.head_chunk)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How completions are drawn."""
+
+    temperature: float = 1.0
+    """Logits are divided by this; 0 takes the most likely token. The learner divides by the same number."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one."""
+    max_new_tokens: int = 512
+    """Token budget of a completion."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "sampler.temperature", "0 (greedy) or more", self.temperature)
+        require(self.top_k >= 0, "sampler.top_k", "0 (off) or more", self.top_k)
+        require(0 < self.top_p <= 1, "sampler.top_p", "a number in (0, 1]", self.top_p)
+        require(0 <= self.min_p < 1, "sampler.min_p", "a number in [0, 1)", self.min_p)
+        require(self.max_new_tokens >= 1, "sampler.max_new_tokens", "at least 1", self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Weights of the three terms; the paper gives each one third. They are normalised to sum to one."""
+
+    format: float = 1 / 3
+    """All four spans present, in order, not empty (0 or 1)."""
+    emotion: float = 1 / 3
+    """The label is the dialogue's (0 or 1)."""
+    rubric: float = 1 / 3
+    """The judge's five marks, weighted and mapped from [1, 5] to [0, 1]."""
+
+    def __post_init__(self) -> None:
+        for name in ("format", "emotion", "rubric"):
+            require(getattr(self, name) >= 0, f"rewards.{name}", "0 or more", getattr(self, name))
+        total = self.format + self.emotion + self.rubric
+        require(total > 0, "rewards", "at least one weight above 0", dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who marks the rubric, and what its silence means."""
+
+    kind: Literal["rules"] = "rules"
+    """`rules`: the embedded, deterministic stand-in for an LLM judge."""
+    max_failure_share: float = 0.5
+    """The run stops when more than this share of one step's verdicts is missing."""
+    min_valid: int = 2
+    """A group with fewer verdicts than this is left out of the update."""
+
+    def __post_init__(self) -> None:
+        share = self.max_failure_share
+        require(0 <= share <= 1, "judge.max_failure_share", "a share in [0, 1]", share)
+        require(self.min_valid >= 1, "judge.min_valid", "at least 1", self.min_valid)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping and a schedule, by optax."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_share: float = 0.05
+    """Share of the updates spent warming up from 0."""
+    final_share: float = 0.0
+    """Last learning rate as a share of the peak."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms and biases are left out."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which the gradient is scaled down; 0 never clips."""
+    max_bad_steps: int = 5
+    """Updates in a row with a gradient that is not finite before the run stops."""
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        require(rate >= 0, "optimizer.learning_rate", "0 or more", rate)
+        for name in ("warmup_share", "final_share"):
+            require(0 <= getattr(self, name) <= 1, f"optimizer.{name}", "a share in [0, 1]", getattr(self, name))
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "in [0, 1)", getattr(self, name))
+        require(self.clip_norm >= 0, "optimizer.clip_norm", "0 (never) or more", self.clip_norm)
+        require(self.max_bad_steps >= 1, "optimizer.max_bad_steps", "at least 1", self.max_bad_steps)
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised warm start."""
+
+    epochs: float = 2.0
+    """Passes over the training dialogues."""
+    batch: int = 128
+    """Conversations in one update; each brings one example per assistant turn, and all share its prompt."""
+    micro_batches: int = 1
+    """Slices of a batch whose gradients are added before the update; lowers memory, changes nothing else."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "sft.epochs", "more than 0", self.epochs)
+        require(self.batch >= 1, "sft.batch", "at least 1", self.batch)
+        _check_split("sft", self.batch, self.micro_batches)
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Group-relative policy optimisation."""
+
+    steps: int | None = None
+    """Rollout steps; none means `epochs` passes over the prompts."""
+    epochs: float = 2.0
+    """Passes over the prompts when `steps` is none."""
+    prompts: int = 4
+    """Prompts per step (P)."""
+    group: int = 8
+    """Completions per prompt (G). The paper's batch of 32 is read as 4 prompts x 8."""
+    minibatches: int = 1
+    """Updates in one pass over the rollouts; each takes prompts / minibatches groups."""
+    passes: int = 1
+    """Passes over the same rollouts."""
+    micro_batches: int = 1
+    """Slices of a minibatch whose gradients are added before the update."""
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(temperature=0.9))
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        require(self.steps is None or self.steps >= 1, "grpo.steps", "none or at least 1", self.steps)
+        require(self.epochs > 0, "grpo.epochs", "more than 0", self.epochs)
+        require(self.prompts >= 1, "grpo.prompts", "at least 1", self.prompts)
+        require(self.group >= 1, "grpo.group", "at least 1", self.group)
+        require(self.passes >= 1, "grpo.passes", "at least 1", self.passes)
+        fix = "Pick a divisor of grpo.prompts."
+        divides = self.minibatches >= 1 and self.prompts % self.minibatches == 0
+        require(divides, "grpo.minibatches", f"a divisor of grpo.prompts = {self.prompts}", self.minibatches, fix)
+        _check_split("grpo", self.prompts // self.minibatches, self.micro_batches)
+        fix = "GDPO reads the reward terms alone; use another scale, or overlong_buffer 0."
+        deaf = self.advantage.scale == "gdpo" and self.loss.overlong_buffer > 0
+        require(
+            not deaf,
+            "grpo.loss.overlong_buffer",
+            "0 with advantage.scale gdpo",
+            self.loss.overlong_buffer,
+            fix,
+        )
+        fix = "Greedy completions of one prompt are all alike; set grpo.sampler.temperature above 0."
+        require(self.sampler.temperature > 0, "grpo.sampler.temperature", "more than 0", 0.0, fix)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(temperature=0.0))
+    """Greedy by default, as in the published demos."""
+    batch: int = 64
+    """Prompts answered at once."""
+    samples: int = 1
+    """Completions per prompt."""
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns of a test dialogue are answered."""
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "eval.batch", "at least 1", self.batch)
+        require(self.samples >= 1, "eval.samples", "at least 1", self.samples)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run can be told."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def _check_split(part: str, rows: int, micro_batches: int) -> None:
+    fix = f"Pick a divisor of {rows}."
+    divides = micro_batches >= 1 and rows % micro_batches == 0
+    require(divides, f"{part}.micro_batches", f"a divisor of the batch = {rows}", micro_batches, fix)
+
+
+def to_json(config: Any) -> str:
+    """The resolved config as it is saved beside every checkpoint."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field to value, in order: {"run.seed": 0, ...}."""
+    out: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        out |= flat(value, f"{prefix}{item.name}.") if dataclasses.is_dataclass(value) else {prefix + item.name: value}
+    return out
+
+
+def from_json(text: str) -> Config:
+    """The config that ``to_json`` wrote; raises ConfigError for a field that this version does not know."""
+    return _built(Config, json.loads(text), "")
+
+
+def _built(kind: Any, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        require(name in hints, prefix + name, f"one of {', '.join(hints)}", values[name])
+    return kind(**{name: _value(hints[name], value, f"{prefix}{name}.") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, prefix: str) -> Any:
+    """JSON knows neither paths nor tuples nor our classes."""
+    if dataclasses.is_dataclass(hint):
+        return _built(hint, value, prefix)
+    if value is not None and pathlib.Path in (hint, *typing.get_args(hint)):
+        return pathlib.Path(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,79 @@
+"""A trained policy as a Hugging Face directory, with a card that says what it is and how it scored."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+
+from kardia_jax.checkpoint import CheckpointError, restore_latest
+from kardia_jax.config import Config, ConfigError, OptimizerConfig, flat, from_json
+from kardia_jax.grpo.optimizer import make_optimizer
+from kardia_jax.grpo.update import init_state
+from kardia_jax.hf.card import Card, model_card
+from kardia_jax.hf.write import save_directory
+from kardia_jax.observe.intervals import Interval
+from kardia_jax.policies import Policy, load_policy
+
+Verb = Literal["sft", "grpo"]
+Results = Mapping[str, Mapping[str, Interval]]
+
+DATA = {"mini": "The mini set of kardia_jax: synthetic dialogues made by a seeded generator, for tests and demos only."}
+
+
+def export_policy(
+    config: Config,
+    policy: Policy,
+    verb: Verb,
+    target: pathlib.Path,
+    results: Results | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Writes weights, configs, tokenizer and card; complete or not at all."""
+    base = config.model.source
+    card = Card(
+        name=target.name,
+        base_model=base if pathlib.Path(base).is_dir() else f"random initialisation ({base})",
+        data=DATA.get(config.data.source, config.data.source),
+        recipe={"stage": verb, **flat(config.sft if verb == "sft" else config.grpo)},
+        results=results or {},
+    )
+    save_directory(
+        target,
+        jax.device_get(policy.params),
+        policy.spec,
+        policy.tokenizer,
+        policy.end_ids,
+        model_card(card),
+        dtype=dtype,
+        overwrite=overwrite,
+    )
+
+
+def export_run(
+    folder: pathlib.Path, target: pathlib.Path, dtype: Literal["float32", "bfloat16"], overwrite: bool
+) -> None:
+    """Writes the policy of a run's newest checkpoint; the run's own files say what it is."""
+    files = (folder / "verb.json", folder / "config.json")
+    if not all(file.is_file() for file in files):
+        fix = "Give the run.dir of a `kardia sft` or `kardia grpo` run."
+        raise ConfigError("run", "a run folder with verb.json and config.json", str(folder), fix)
+    verb, config = json.loads(files[0].read_text("utf-8"))["verb"], from_json(files[1].read_text("utf-8"))
+    export_policy(config, _restored(config, verb, folder), verb, target, dtype=dtype, overwrite=overwrite)
+
+
+def _restored(config: Config, verb: Verb, folder: pathlib.Path) -> Policy:
+    """The start policy with the newest checkpoint's parameters."""
+    policy = load_policy(config.model, config.run.seed)
+    optimizer = make_optimizer(_optimizer(config, verb), updates=1)
+    like = jax.eval_shape(lambda params: init_state(params, optimizer), policy.params)
+    restored = restore_latest(folder / "checkpoints", like)
+    if restored is None:
+        raise CheckpointError(f"run: wanted a complete checkpoint in {folder / 'checkpoints'}, got none.")
+    return policy._replace(params=restored.state.params)
+
+
+def _optimizer(config: Config, verb: Verb) -> OptimizerConfig:
+    return config.sft.optimizer if verb == "sft" else config.grpo.optimizer
