@@ -13,6 +13,7 @@ A 2-token completion on a 3-token prompt of which 2 are valid keeps (1) or drops
     token 1       1 1 .      1 1
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -66,7 +67,8 @@ def merge(parts: list[Part]) -> Float[Array, "B T H E"]:
     """One softmax out of several: outputs weighted by exp(lse_i - max lse)."""
     peak = jax.lax.stop_gradient(jnp.stack([part.lse for part in parts]).max(0))
     weights = [jnp.exp(part.lse - peak)[..., None] for part in parts]
-    return sum(w * part.out for w, part in zip(weights, parts, strict=True)) / sum(weights)
+    mixed = functools.reduce(jnp.add, [w * part.out for w, part in zip(weights, parts, strict=True)])
+    return mixed / functools.reduce(jnp.add, weights)
 
 
 def within(lengths: Int[Array, "B T"], size: int) -> Bool[Array, "B T S"]:

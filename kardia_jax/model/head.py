@@ -10,8 +10,6 @@ The gradient of the table is added up in float32 over slices whatever the comput
 bfloat16 is a known way to bias training.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -33,23 +31,6 @@ def sampled_logits(
     return (
         z if sampled_tokens == table.shape[0] else jnp.where(jnp.arange(table.shape[0]) < sampled_tokens, z, -jnp.inf)
     )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def token_logprobs(
-    hidden: Float[Array, "N D"],
-    table: Float[Array, "V D"],
-    tokens: Int[Array, " N"],
-    temperature: Float[Array, ""],
-    sampled_tokens: int,
-    chunk: int,
-) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """Log-prob of each token and entropy of its distribution (nats) under softmax(h·Wᵀ / temperature).
-
-    ``sampled_tokens`` is the number of table rows that count; ``chunk`` the tokens per slice. No gradient flows to
-    the temperature.
-    """
-    return _forward(hidden, table, tokens, temperature, sampled_tokens, chunk)[0]
 
 
 def _slices(x: Array, chunk: int) -> Array:
@@ -102,4 +83,21 @@ def _backward(sampled_tokens, chunk, residuals, cotangents):
     return dh, dw.astype(table.dtype), None, jnp.zeros_like(temperature)
 
 
+def token_logprobs(
+    hidden: Float[Array, "N D"],
+    table: Float[Array, "V D"],
+    tokens: Int[Array, " N"],
+    temperature: Float[Array, ""],
+    sampled_tokens: int,
+    chunk: int,
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Log-prob of each token and entropy of its distribution (nats) under softmax(h·Wᵀ / temperature).
+
+    ``sampled_tokens`` is the number of table rows that count; ``chunk`` the tokens per slice. No gradient flows to
+    the temperature.
+    """
+    return _forward(hidden, table, tokens, temperature, sampled_tokens, chunk)[0]
+
+
+token_logprobs = jax.custom_vjp(token_logprobs, nondiff_argnums=(4, 5))
 token_logprobs.defvjp(_forward, _backward)

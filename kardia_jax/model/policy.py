@@ -12,9 +12,11 @@ Compute happens in ``Compute.dtype``; parameters are float32 masters.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -47,22 +49,33 @@ class LayerCache(NamedTuple):
 
 
 def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
-    """Random float32 parameters: normal(0.02) embeddings, fan-in scaled kernels."""
+    """Random float32 parameters.
+
+    Kernels have variance 1 / fan-in; those that write to the residual stream are scaled by (2 L)^-1/2, as in GPT-2.
+    Embeddings have standard deviation D^-1/2: a tied head then starts with logits of size 1, and a token is not drowned
+    by what the first blocks add to it.
+    """
     block_key, embed_key, head_key = jax.random.split(key, 3)
     x, turn = jnp.zeros((1, 1, spec.width)), rotation(spec, jnp.zeros((1, 1), int))
     attend = functools.partial(_attend_prompt, scoring=_scoring(spec))
+    residual = (2 * spec.layers) ** -0.5
 
     def init_block(layer_key: Key[Array, ""]) -> Params:
-        return dict(Block(spec).init(layer_key, x, turn, attend)["params"])
+        block: Params = dict(Block(spec).init(layer_key, x, turn, attend)["params"])
+        for part, name in (("attention", "o"), ("mlp", "down")):
+            block[part] = block[part] | {name: {"kernel": block[part][name]["kernel"] * residual}}
+        return block
 
-    table = functools.partial(jax.random.normal, shape=(spec.vocab_size, spec.width))
+    def table(table_key: Key[Array, ""]) -> Params:
+        return {"embedding": jax.random.normal(table_key, (spec.vocab_size, spec.width)) * spec.width**-0.5}
+
     params: Params = {
-        "embed": {"embedding": 0.02 * table(embed_key)},
+        "embed": table(embed_key),
         "blocks": jax.vmap(init_block)(jax.random.split(block_key, spec.layers)),
         "final_norm": {"scale": jnp.ones(spec.width)},
     }
     if not spec.tied:
-        params["head"] = {"embedding": 0.02 * table(head_key)}
+        params["head"] = table(head_key)
     return params
 
 
@@ -119,7 +132,7 @@ def decode_step(
             position=position,
             scoring=_scoring(spec),
         )
-        x, cache = Block(spec).apply({"params": layer}, x, turn, attend)
+        x, cache = _apply(Block(spec), layer, x, turn, attend)
         written.append(cache)
     return _final_norm(spec, params, x[:, :, 0]), written
 
@@ -140,11 +153,11 @@ def group_hidden(
     def block(carry: tuple[Array, Array], layer: Params) -> tuple[tuple[Array, Array], None]:
         prompt, completion = carry
         attend_prompt = functools.partial(_attend_prompt, scoring=scoring)
-        prompt, (k, v) = Block(spec).apply({"params": layer}, prompt, prompt_turn, attend_prompt)
+        prompt, (k, v) = _apply(Block(spec), layer, prompt, prompt_turn, attend_prompt)
         attend_group = functools.partial(
             _attend_group, prompt_k=k, prompt_v=v, prompt_lengths=prompt_lengths, scoring=scoring
         )
-        completion, _ = Block(spec).apply({"params": layer}, completion, turn, attend_group)
+        completion, _ = _apply(Block(spec), layer, completion, turn, attend_group)
         return (prompt, completion), None
 
     start = _embed(params, prompt_tokens, compute), _embed(params, completion_tokens, compute)
@@ -183,7 +196,7 @@ def _run_prompt(
     attend = functools.partial(_attend_prompt, scoring=_scoring(spec))
 
     def block(x: Array, layer: Params) -> tuple[Array, tuple[Array, Array]]:
-        return Block(spec).apply({"params": layer}, x, turn, attend)
+        return _apply(Block(spec), layer, x, turn, attend)
 
     return jax.lax.scan(_remat(block, compute), _embed(params, tokens, compute), params["blocks"])
 
@@ -213,6 +226,11 @@ def _attend_decode(
     return out, cache
 
 
+def _apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
+    """A Linen module on these parameters; modules here have no state, so the result is the output alone."""
+    return module.apply({"params": params}, *inputs)
+
+
 def _scoring(spec: ModelSpec) -> Scoring:
     return Scoring(scale=spec.head_dim**-0.5)
 
@@ -222,14 +240,15 @@ def _embed(params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float
 
 
 def _final_norm(spec: ModelSpec, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    return RMSNorm(spec.norm_epsilon).apply({"params": params["final_norm"]}, x)
+    return _apply(RMSNorm(spec.norm_epsilon), params["final_norm"], x)
 
 
 def _at(x: Float[Array, "B S D"], index: Int[Array, "B N"]) -> Float[Array, "B N D"]:
     return jnp.take_along_axis(x, index[..., None], 1)
 
 
-def _remat(block, compute: Compute):
+def _remat(block: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
+    """The block as the backward pass should see it."""
     if compute.remat == "none":
         return block
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
