@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from kardia_jax.config import ModelConfig
-from kardia_jax.grpo.update import Forward, Objective, Update, make_update
+from kardia_jax.grpo.update import Forward, Objective, Update, completion_mask, make_update
 from kardia_jax.model.policy import Compute, group_logprobs
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.rollout.sampler import generate
@@ -38,7 +38,7 @@ def make_generate(spec: ModelSpec, compute: Compute) -> Generate:
 def score(
     spec: ModelSpec, compute: Compute, params: Params, batch: GroupBatch, temperature: Float[Array, ""]
 ) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
-    """Log-prob and entropy of every completion token of a batch (nats)."""
+    """Log-prob and entropy (nats) of every completion token that may contribute to the loss; 0 elsewhere."""
     return group_logprobs(
         spec,
         compute,
@@ -46,6 +46,7 @@ def score(
         batch.prompt_tokens,
         batch.prompt_lengths,
         batch.completion_tokens,
+        completion_mask(batch),
         temperature,
     )
 

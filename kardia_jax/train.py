@@ -66,7 +66,8 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
 
     # ---- State
     fresh = init_state(policy.params, optimizer)
-    reference = policy.params if grpo.loss.beta > 0 else None
+    # The state is donated to the first update, and the caller's parameters with it: the reference is a copy.
+    reference = jax.tree.map(jnp.copy, policy.params) if grpo.loss.beta > 0 else None
 
     # ---- Loop
     with open_run(config, "grpo", steps, fresh) as run:

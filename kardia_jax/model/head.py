@@ -1,8 +1,9 @@
 """The LM head of the learner: log-prob and entropy of completion tokens, in slices, never [tokens, V].
 
-For a slice of C tokens the logits [C, V] exist, give three numbers per token, and are gone; the backward pass makes
-them again. With z = h·Wᵀ / temperature, p = softmax(z), entropy H = -sum_v p_v log p_v, and cotangents a (of the
-log-prob) and b (of the entropy):
+For a slice of C tokens the logits [C, V] exist, give two numbers per token, and are gone; the backward pass makes them
+again. Kept tokens are gathered to the front, and slices that hold padding alone are skipped. With
+z = h·Wᵀ / temperature, p = softmax(z), entropy H = -sum_v p_v log p_v, and cotangents a (of the log-prob) and b (of the
+entropy):
 
     dz_v = a (1[v = token] - p_v) - b p_v (log p_v + H).
 
@@ -12,7 +13,7 @@ bfloat16 is a known way to bias training.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 FLOOR = -1e9
 """Log-prob (nats) of a token that cannot be sampled; exp of it is 0."""
@@ -46,58 +47,83 @@ def _distribution(hidden: Array, table: Array, temperature: Array, sampled_token
     return logp, jnp.exp(logp)
 
 
-def _forward(hidden, table, tokens, temperature, sampled_tokens, chunk):
+def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk):
     low = table.astype(hidden.dtype)
 
-    def slice_stats(_, piece):
-        h, token = piece
+    def stats(piece):
+        h, token, _ = piece
         logp, p = _distribution(h, low, temperature, sampled_tokens)
-        return None, (jnp.take_along_axis(logp, token[:, None], 1)[:, 0], -jnp.sum(p * logp, -1))
+        return jnp.take_along_axis(logp, token[:, None], 1)[:, 0], -jnp.sum(p * logp, -1)
 
-    count = tokens.shape[0]
-    size = min(chunk, count)
-    _, (logprobs, entropy) = jax.lax.scan(slice_stats, None, (_slices(hidden, size), _slices(tokens, size)))
-    logprobs, entropy = logprobs.reshape(-1)[:count], entropy.reshape(-1)[:count]
-    return (logprobs, entropy), (hidden, table, tokens, temperature, entropy)
+    def slice_stats(_, piece):
+        return None, jax.lax.cond(piece[2].any(), stats, _nothing, piece)
+
+    order, pieces = _kept_first(keep, chunk, hidden, tokens, keep)
+    _, out = jax.lax.scan(slice_stats, None, pieces)
+    logprobs, entropy = (jnp.where(keep, _back(x, order), 0.0) for x in out)
+    return (logprobs, entropy), (hidden, table, tokens, keep, temperature, entropy)
 
 
 def _backward(sampled_tokens, chunk, residuals, cotangents):
-    hidden, table, tokens, temperature, entropy = residuals
+    hidden, table, tokens, keep, temperature, entropy = residuals
     low = table.astype(hidden.dtype)
-    count = tokens.shape[0]
-    size = min(chunk, count)
+    cotangents = [jnp.where(keep, x, 0.0) for x in cotangents]
 
-    def slice_gradient(table_gradient, piece):
-        h, token, ent, a, b = piece
+    def gradient(total, piece):
+        h, token, _, ent, a, b = piece
         logp, p = _distribution(h, low, temperature, sampled_tokens)
         dz = -p * (a[:, None] + b[:, None] * (logp + ent[:, None]))
-        dz = dz.at[jnp.arange(size), token].add(a) / temperature
+        dz = dz.at[jnp.arange(token.size), token].add(a) / temperature
         dz = dz.astype(h.dtype)
         dh = jnp.einsum("CV,VD->CD", dz, low, preferred_element_type=jnp.float32)
         dw = jnp.einsum("CV,CD->VD", dz, h, preferred_element_type=jnp.float32)
-        return table_gradient + dw, dh.astype(h.dtype)
+        return total + dw, dh.astype(h.dtype)
 
-    pieces = tuple(_slices(x, size) for x in (hidden, tokens, entropy, *cotangents))
+    def skip(total, piece):
+        return total, jnp.zeros_like(piece[0])
+
+    def slice_gradient(total, piece):
+        return jax.lax.cond(piece[2].any(), gradient, skip, total, piece)
+
+    order, pieces = _kept_first(keep, chunk, hidden, tokens, keep, entropy, *cotangents)
     dw, dh = jax.lax.scan(slice_gradient, jnp.zeros(table.shape, jnp.float32), pieces)
-    dh = dh.reshape(-1, hidden.shape[1])[:count]
-    return dh, dw.astype(table.dtype), None, jnp.zeros_like(temperature)
+    return _back(dh, order), dw.astype(table.dtype), None, None, jnp.zeros_like(temperature)
+
+
+def _nothing(piece):
+    zeros = jnp.zeros(piece[1].shape, jnp.float32)
+    return zeros, zeros
+
+
+def _kept_first(keep: Bool[Array, " N"], chunk: int, *arrays: Array) -> tuple[Int[Array, " N"], tuple[Array, ...]]:
+    """Kept tokens in front, in slices of at most ``chunk``: slices of padding alone are skipped when it runs."""
+    order = jnp.argsort(~keep, stable=True)
+    size = min(chunk, keep.size)
+    return order, tuple(_slices(x[order], size) for x in arrays)
+
+
+def _back(slices: Array, order: Int[Array, " N"]) -> Array:
+    """Undoes ``_kept_first``."""
+    flat = slices.reshape(-1, *slices.shape[2:])[: order.size]
+    return jnp.zeros_like(flat).at[order].set(flat, unique_indices=True)
 
 
 def token_logprobs(
     hidden: Float[Array, "N D"],
     table: Float[Array, "V D"],
     tokens: Int[Array, " N"],
+    keep: Bool[Array, " N"],
     temperature: Float[Array, ""],
     sampled_tokens: int,
     chunk: int,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """Log-prob of each token and entropy of its distribution (nats) under softmax(h·Wᵀ / temperature).
+    """Log-prob of each kept token and entropy of its distribution (nats) under softmax(h·Wᵀ / temperature), else 0.
 
     ``sampled_tokens`` is the number of table rows that count; ``chunk`` the tokens per slice. No gradient flows to
     the temperature.
     """
-    return _forward(hidden, table, tokens, temperature, sampled_tokens, chunk)[0]
+    return _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk)[0]
 
 
-token_logprobs = jax.custom_vjp(token_logprobs, nondiff_argnums=(4, 5))
+token_logprobs = jax.custom_vjp(token_logprobs, nondiff_argnums=(5, 6))
 token_logprobs.defvjp(_forward, _backward)

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kardia_jax.model.attention import Scoring, causal, causal_attention, group_attention
 from kardia_jax.model.head import raw_logits, token_logprobs
@@ -173,15 +173,17 @@ def group_logprobs(
     prompt_tokens: Int[Array, "P S"],
     prompt_lengths: Int[Array, "P G"],
     completion_tokens: Int[Array, "P G T"],
+    keep: Bool[Array, "P G T"],
     temperature: Float[Array, ""],
 ) -> tuple[Float[Array, "P G T"], Float[Array, "P G T"]]:
-    """Log-prob of every completion token and entropy of its distribution (nats) at this temperature."""
+    """Log-prob of every kept completion token and entropy of its distribution (nats) at this temperature, else 0."""
     hidden = group_hidden(spec, compute, params, prompt_tokens, prompt_lengths, completion_tokens)
     shape = completion_tokens.shape
     logprobs, entropy = token_logprobs(
         hidden.reshape(-1, spec.width),
         head_table(params),
         completion_tokens.reshape(-1),
+        keep.reshape(-1),
         jnp.asarray(temperature, jnp.float32),
         spec.sampled_tokens,
         compute.head_chunk,

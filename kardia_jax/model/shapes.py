@@ -37,7 +37,7 @@ QWEN25_3B = dataclasses.replace(
 SHAPES: dict[str, ModelSpec] = {
     "tiny-qwen2": TINY,
     "tiny-qwen3": dataclasses.replace(TINY, family="qwen3"),
-    "demo-qwen3": dataclasses.replace(TINY, family="qwen3", width=128, mlp_width=384, layers=4, head_dim=32),
+    "demo-qwen3": dataclasses.replace(TINY, family="qwen3", width=128, mlp_width=384, head_dim=32),
     "qwen2.5-0.5b": dataclasses.replace(QWEN25_3B, width=896, mlp_width=4864, layers=24, heads=14, head_dim=64),
     "qwen2.5-1.5b": dataclasses.replace(QWEN25_3B, width=1536, mlp_width=8960, layers=28, heads=12),
     "qwen2.5-3b": QWEN25_3B,

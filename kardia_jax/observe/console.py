@@ -2,7 +2,7 @@
 
 In: after every step its number, its metrics (one float per name) and its seconds by phase. Out, on a
 terminal: a progress bar with the time left and tokens/s, and a table that is redrawn in place. Where the
-output is no terminal (a log file, CI), or live display is off: one plain line per step,
+output is no terminal (a log file, CI), or live display is off: plain lines, about forty in a run,
 
     grpo 12/200  reward 0.612 (format 1.000, emotion 0.500, rubric 0.336)  KL 0.0021  1830 tok/s  rollout 4.1s
 
@@ -50,6 +50,8 @@ ROWS = (
     Row("judge_failures", "judge failures", ".0%"),
 )
 SPEED = "tokens_per_second"
+PLAIN_LINES = 40
+"""About as many lines as a run leaves in a log file, whatever its length; metrics.jsonl has every step."""
 
 
 class TrainingConsole:
@@ -87,7 +89,8 @@ class TrainingConsole:
     def update(self, step: int, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
         """Show step ``step`` (counted from 1) as done."""
         if not self._is_live:
-            self._print(plain_line(self._title, step, self._steps, metrics, seconds))
+            if step in (1, self._steps) or step % max(1, self._steps // PLAIN_LINES) == 0:
+                self._print(plain_line(self._title, step, self._steps, metrics, seconds))
             return
         self._progress.update(self._task, completed=step, speed=_speed(metrics))
         self._live.update(Group(self._progress, metrics_table(metrics, seconds)), refresh=True)

@@ -62,7 +62,10 @@ def test_group_logprobs_and_gradient_equal_the_repeated_form(family, remat):
 
     def shared(params):
         compute = dataclasses.replace(COMPUTE, remat=remat)
-        return (weights * policy.group_logprobs(spec, compute, params, *data, jnp.float32(0.7))[0]).sum()
+        return (
+            weights
+            * policy.group_logprobs(spec, compute, params, *data, jnp.ones(data[2].shape, bool), jnp.float32(0.7))[0]
+        ).sum()
 
     def repeated(params):
         return (weights * repeated_logprobs(spec, params, *data, 0.7)).sum()
@@ -79,11 +82,11 @@ def test_group_logprobs_and_gradient_equal_the_repeated_form(family, remat):
 def test_padding_changes_nothing(extra, filler):
     params, (prompt, lengths, completion) = params_of(SMALL), batch(SMALL)
     run = jax.jit(functools.partial(policy.group_logprobs, SMALL, COMPUTE))
-    short, _ = run(params, prompt, lengths, completion, jnp.float32(1))
+    short, _ = run(params, prompt, lengths, completion, jnp.ones(completion.shape, bool), jnp.float32(1))
     prompt = jnp.where(jnp.arange(prompt.shape[1]) < lengths.max(1)[:, None], prompt, filler)
     prompt = jnp.pad(prompt, ((0, 0), (0, extra)), constant_values=filler)
     completion = jnp.pad(completion, ((0, 0), (0, 0), (0, extra)), constant_values=filler)
-    padded, _ = run(params, prompt, lengths, completion, jnp.float32(1))
+    padded, _ = run(params, prompt, lengths, completion, jnp.ones(completion.shape, bool), jnp.float32(1))
     np.testing.assert_allclose(padded[..., : short.shape[2]], short, atol=GROUP_TOLERANCE)
 
 
@@ -112,7 +115,7 @@ def test_padded_vocabulary_rows_take_no_probability():
     prompt, lengths, completion = batch(SMALL)
     completion = completion % 90
     logprobs, entropy = policy.group_logprobs(
-        spec, COMPUTE, params_of(SMALL), prompt, lengths, completion, jnp.float32(1)
+        spec, COMPUTE, params_of(SMALL), prompt, lengths, completion, jnp.ones(completion.shape, bool), jnp.float32(1)
     )
     all_rows = repeated_logprobs(SMALL, params_of(SMALL), prompt, lengths, completion, 1.0)
     assert (logprobs > all_rows).all()
@@ -205,8 +208,15 @@ def test_a_config_that_we_would_compute_wrongly_is_refused_by_name(change, word)
 
 def test_bfloat16_compute_keeps_float32_outputs_close():
     params, data = params_of(SMALL), batch(SMALL)
-    exact, _ = policy.group_logprobs(SMALL, COMPUTE, params, *data, jnp.float32(1))
-    low, _ = policy.group_logprobs(SMALL, dataclasses.replace(COMPUTE, dtype="bfloat16"), params, *data, jnp.float32(1))
+    exact, _ = policy.group_logprobs(SMALL, COMPUTE, params, *data, jnp.ones(data[2].shape, bool), jnp.float32(1))
+    low, _ = policy.group_logprobs(
+        SMALL,
+        dataclasses.replace(COMPUTE, dtype="bfloat16"),
+        params,
+        *data,
+        jnp.ones(data[2].shape, bool),
+        jnp.float32(1),
+    )
     assert low.dtype == jnp.float32
     # bf16 has 8 bits: log-probs near 4.6 over a few layers stay within a few hundredths.
     np.testing.assert_allclose(low, exact, atol=0.1)

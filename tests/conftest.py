@@ -1,0 +1,12 @@
+"""What every test runs on: two CPU devices, so that sharding code shards, and no network.
+
+Environment variables, set before anything reads them: importing jax or transformers here would slow down every test
+run that needs neither.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "2"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

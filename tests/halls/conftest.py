@@ -1,0 +1,204 @@
+"""A tiny world for the halls: a random model, a few short dialogues, and every program compiled once per session."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kardia_jax import evaluate, scoring, sft, train
+from kardia_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    GrpoConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RunConfig,
+    SamplerConfig,
+    SftConfig,
+    to_json,
+)
+from kardia_jax.dialogue.spans import Spans, render
+from kardia_jax.model.shapes import SHAPES, TINY
+from kardia_jax.policies import Policy, load_policy
+from kardia_jax.rewards.kardia_five import KARDIA_FIVE
+from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Mark, Verdict
+from kardia_jax.scoring import Grader
+
+NANO = dataclasses.replace(TINY, family="qwen3", width=16, mlp_width=32, layers=1, heads=2, kv_heads=1, head_dim=8)
+# Long enough that every prompt, one turn or two, is padded to the same 96 positions: one shape, one compilation.
+SYSTEM_PROMPT = "Stay with what they say, name the feeling, and answer in a few warm words. " * 2 + "{profile} {situation}"
+MAKERS = ("make_generate", "make_score", "make_compiled_update", "make_optimizer", "make_loss", "grpo_objective")
+
+remembered = functools.cache(functools.cache)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_programs():
+    """The halls make their programs anew in each run; here the same arguments give the same compiled program."""
+    with pytest.MonkeyPatch.context() as patch:
+        for hall, name in itertools.product((sft, train, evaluate), MAKERS):
+            if name in vars(hall):
+                patch.setattr(hall, name, remembered(vars(hall)[name]))
+        patch.setitem(SHAPES, "nano", NANO)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def row(number: int, emotion: str, turns: int) -> dict[str, Any]:
+    """One KardiaBench row; numbers have two digits, so that all rows are about equally long."""
+    answer = render(Spans("they miss it", "loss hurts", emotion, f"I hear you, {number}."))
+    talk = [{"role": "user", "content": f"It is day {number}."}, {"role": "assistant", "content": answer}]
+    return {
+        "person": f"About: neighbour {number}.",
+        "mbti": "INFP",
+        "emotion": emotion,
+        "situation": f"My dog number {number} ran away.",
+        "messages": talk * turns,
+    }
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> pathlib.Path:
+    """A folder with train.jsonl (6 dialogues, 9 answers), test.jsonl (5 dialogues) and system_prompt.txt."""
+    folder = tmp_path_factory.mktemp("world")
+    splits = {
+        "train": [row(10 + n, ("sad", "lonely")[n % 2], 1 + n % 2) for n in range(6)],
+        "test": [row(50 + n, ("sad", "lonely")[n % 2], 1) for n in range(5)],
+    }
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), "utf-8")
+    (folder / "system_prompt.txt").write_text(SYSTEM_PROMPT, "utf-8")
+    return folder
+
+
+def replaced(config: Any, path: str, value: object) -> Any:
+    """The same config with the field at a dotted path replaced."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(config, **{name: replaced(getattr(config, name), rest, value) if rest else value})
+
+
+@pytest.fixture
+def config_of(world, tmp_path) -> Callable[..., Config]:
+    """Makes the tiny config; fields to replace are given by their dotted path."""
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0)
+    base = Config(
+        run=RunConfig(dir=tmp_path / "run", save_every=2, log_rollouts=-1, console=False),
+        data=DataConfig(source=str(world), system_prompt=world / "system_prompt.txt", max_prompt_tokens=96),
+        model=ModelConfig(source="nano", remat="none"),
+        sft=SftConfig(epochs=2.0, batch=3, optimizer=optimizer),
+        grpo=GrpoConfig(
+            steps=4, prompts=2, group=4, sampler=SamplerConfig(max_new_tokens=8), optimizer=optimizer
+        ),
+        eval=EvalConfig(sampler=SamplerConfig(temperature=0.0, max_new_tokens=8), batch=2, samples=4),
+    )
+    return lambda fields=(): functools.reduce(lambda config, item: replaced(config, *item), dict(fields).items(), base)
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Callable[[Config], str]:
+    """Writes a config as the Python file that the command line takes."""
+
+    def write(config: Config) -> str:
+        (tmp_path / "config.json").write_text(to_json(config), "utf-8")
+        path = tmp_path / "config.py"
+        path.write_text(
+            "import pathlib\n"
+            "from kardia_jax.config import from_json\n"
+            "def get_config():\n"
+            "    return from_json(pathlib.Path(__file__).with_name('config.json').read_text('utf-8'))\n",
+            "utf-8",
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def nano_policy(world) -> Policy:
+    """The start policy; training donates its parameters, so take a ``fresh_policy`` to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "nano", NANO)
+        return load_policy(ModelConfig(source="nano"), seed=0)
+
+
+@pytest.fixture
+def fresh_policy(nano_policy) -> Callable[[], Policy]:
+    """Makes the start policy with parameters of its own."""
+    return lambda: nano_policy._replace(params=jax.tree.map(jnp.copy, nano_policy.params))
+
+
+class FakeJudge(NamedTuple):
+    """Marks by a checksum of the reply; stays silent on the requests whose place in the call is in ``silent``."""
+
+    silent: frozenset[int] = frozenset()
+    name: str = "fake"
+
+    def marks(self, reply: str) -> dict[str, int]:
+        return {c.name: 1 + zlib.crc32(f"{c.name} {reply}".encode()) % 5 for c in KARDIA_FIVE.criteria}
+
+    async def score(self, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
+        return [
+            JudgeFailure("too busy", retryable=True)
+            if place in self.silent
+            else Verdict(tuple(Mark(name, mark, "checksum") for name, mark in self.marks(request.reply).items()))
+            for place, request in enumerate(requests)
+        ]
+
+
+@pytest.fixture
+def grader_of() -> Callable[..., Grader]:
+    """Makes a grader around the fake judge, or around another one."""
+
+    def make(silent=(), judge=None, weights: Mapping[str, float] | None = None) -> Grader:
+        return Grader(judge or FakeJudge(frozenset(silent)), KARDIA_FIVE, RewardConfig(**(weights or {})))
+
+    return make
+
+
+@pytest.fixture
+def every_text_counts(monkeypatch):
+    """An untrained model never writes four spans: here all its texts are well-formed, with the text as the reply."""
+
+    def parse(text: str) -> Spans:
+        return Spans("-", "-", ("sad", "lonely")[len(text) % 2], text or "-")
+
+    monkeypatch.setattr(scoring, "parse", parse)
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def dies(monkeypatch) -> Callable[..., type[KilledError]]:
+    """Makes the n-th call of a function raise ``KilledError``, before it has done anything."""
+
+    def plan(owner: Any, name: str, call: int) -> type[KilledError]:
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def die_or_do(*args, **kwargs):
+            if next(calls) == call:
+                raise KilledError(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, die_or_do)
+        return KilledError
+
+    return plan
+
+
+@pytest.fixture
+def read_lines() -> Callable[[pathlib.Path], list[dict[str, Any]]]:
+    """Rows of a JSONL file."""
+    return lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
