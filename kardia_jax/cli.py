@@ -35,7 +35,7 @@ USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
 class DemoArgs:
     """The whole path on one machine; see configs/demo.py."""
 
-    config: tyro.conf.OmitArgPrefixes[Config]
+    config: Annotated[Config, tyro.conf.arg(name="")]
     seeds: int = 1
     """Runs with different seeds; intervals are over seeds when there are several."""
 

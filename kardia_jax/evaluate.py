@@ -29,7 +29,7 @@ from kardia_jax.observe.intervals import (
     macro_f1,
     t_interval,
 )
-from kardia_jax.policies import Policy
+from kardia_jax.policies import Policy, sampler_of
 from kardia_jax.programs import compute_for, make_generate
 from kardia_jax.rewards.rubric import Rubric
 from kardia_jax.rollout.engine import Sampler, sample
@@ -77,13 +77,7 @@ def held_out_prompts(config: Config, policy: Policy) -> list[Prompt]:
 def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
     """Answers every test prompt and grades the answers; a draw depends on seed, prompt and sample alone."""
     prompts, settings = held_out_prompts(config, policy), config.eval
-    sampler = Sampler(
-        make_generate(policy.spec, compute_for(config.model)),
-        policy.tokenizer,
-        policy.stop_ids,
-        policy.silent_ids,
-        policy.pad_id,
-    )
+    sampler = sampler_of(policy, make_generate(policy.spec, compute_for(config.model)))
     texts_P_G = []
     for start in range(0, len(prompts), settings.batch):
         texts_P_G += _answers(sampler, policy, prompts, start, settings, config.run.seed)

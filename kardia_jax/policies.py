@@ -27,6 +27,7 @@ from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.policy import init
 from kardia_jax.model.shapes import named_shape
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.rollout.engine import Generate, Sampler
 from kardia_jax.types import Params
 
 
@@ -55,6 +56,11 @@ class Policy(NamedTuple):
     def silent_ids(self) -> frozenset[int]:
         """Ids that are dropped when a completion is decoded: ends of turn and padding. Span tags stay."""
         return frozenset((*self.end_ids, self.pad_id))
+
+
+def sampler_of(policy: Policy, generate: Generate) -> Sampler:
+    """The compiled sampler with the policy's tokenizer and ids."""
+    return Sampler(generate, policy.tokenizer, policy.stop_ids, policy.silent_ids, policy.pad_id)
 
 
 def load_policy(config: ModelConfig, seed: int) -> Policy:

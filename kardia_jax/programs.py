@@ -17,10 +17,10 @@ from kardia_jax.config import ModelConfig
 from kardia_jax.grpo.update import Forward, Objective, Update, completion_mask, make_update
 from kardia_jax.model.policy import Compute, group_logprobs
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.rollout.engine import Generate
 from kardia_jax.rollout.sampler import generate
-from kardia_jax.types import GroupBatch, Params, Rollouts
+from kardia_jax.types import GroupBatch, Params
 
-Generate = Callable[..., Rollouts]
 Score = Callable[[Params, GroupBatch, Float[Array, ""]], tuple[Array, Array]]
 
 

@@ -56,9 +56,6 @@ class Run:
         save: bool = False,
     ) -> None:
         """Reports step ``step`` (counted from 1) and saves when it is time, or when ``save`` says so."""
-        if save or due(step, self.config.save_every, self.steps):
-            with self.timer.phase("save"):
-                self.checkpoints.save(step, state, {"config": self.saved_config})
         seconds = self.timer.take()
         metrics = {
             **metrics,
@@ -68,6 +65,11 @@ class Run:
         for tracker in self.trackers:
             tracker.log(step, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
         self.console.update(step, metrics, seconds)
+        # After the files: whoever resumes from a checkpoint finds every line up to its step. Its seconds count for the
+        # next step.
+        if save or due(step, self.config.save_every, self.steps):
+            with self.timer.phase("save"):
+                self.checkpoints.save(step, state, {"config": self.saved_config})
 
 
 def due(step: int, every: int, last: int) -> bool:

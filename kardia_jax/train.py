@@ -23,10 +23,10 @@ from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import completion_mask, grpo_objective, init_state
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.observe.measures import merge, to_host, values
-from kardia_jax.policies import Policy
+from kardia_jax.policies import Policy, sampler_of
 from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score
 from kardia_jax.rewards.diagnostics import hacking_signs
-from kardia_jax.rollout.engine import Sampled, Sampler, sample
+from kardia_jax.rollout.engine import Sampled, sample
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.run import check_progress, open_run
 from kardia_jax.scoring import Graded, Grader, check_failures, grade, reward_metrics, rollout_rows
@@ -47,13 +47,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
 
     # ---- Programs
     compute = compute_for(config.model)
-    sampler = Sampler(
-        make_generate(policy.spec, compute),
-        policy.tokenizer,
-        policy.stop_ids,
-        policy.silent_ids,
-        policy.pad_id,
-    )
+    sampler = sampler_of(policy, make_generate(policy.spec, compute))
     score = make_score(policy.spec, compute)
     updates = steps * grpo.minibatches * grpo.passes
     optimizer = make_optimizer(grpo.optimizer, updates)

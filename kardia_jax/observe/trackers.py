@@ -22,6 +22,10 @@ from kardia_jax.observe.jsonl import JsonlWriter
 PROJECT = "kardia_jax"
 
 
+class TrackerError(ValueError):
+    """A tracker that cannot be opened: says what it lacks and what to do."""
+
+
 class Tracker(Protocol):
     """Where metrics go."""
 
@@ -93,7 +97,7 @@ class MlflowTracker:
         if "MLFLOW_TRACKING_URI" not in os.environ:
             # MLflow's own default is a database file, which the small client of the extra cannot open.
             fix = "Set it to a server, for instance http://localhost:5000."
-            raise ValueError(f"trackers: mlflow wanted the environment variable MLFLOW_TRACKING_URI, got none. {fix}")
+            raise TrackerError(f"trackers: mlflow wanted the environment variable MLFLOW_TRACKING_URI, got none. {fix}")
         self._mlflow.set_experiment(PROJECT)
         self._mlflow.start_run(run_name=name)
         self._mlflow.log_params(dict(config))
@@ -118,11 +122,11 @@ def open_trackers(
 ) -> list[Tracker]:
     """The JSONL tracker, then the named ones; ``config`` is flat (dotted field to value).
 
-    Raises ValueError for a name that is none of ours, or whose library is not installed.
+    Raises TrackerError for a name that is none of ours, or whose library is not installed.
     """
     unknown = sorted(set(names) - set(OPTIONAL))
     if unknown:
-        raise ValueError(f"trackers: wanted names out of {sorted(OPTIONAL)}, got {unknown}.")
+        raise TrackerError(f"trackers: wanted names out of {sorted(OPTIONAL)}, got {unknown}.")
     optional = [OPTIONAL[name](dir, run_name, config) for name in names]
     return [JsonlTracker(dir), *optional]
 
@@ -132,7 +136,7 @@ def _import(module: str, tracker: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         fix = "Run: pip install 'kardia_jax[track]', or leave the tracker out."
-        raise ValueError(f"trackers: {tracker} needs the package {module}, which is not installed. {fix}") from error
+        raise TrackerError(f"trackers: {tracker} needs the package {module}, which is not installed. {fix}") from error
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -21,10 +21,14 @@ SHORTEST = 16
 """Smallest padded length, tokens: below it a new shape saves nothing."""
 
 
+Generate = Callable[..., Rollouts]
+"""``rollout.sampler.generate`` after its first two arguments, compiled."""
+
+
 class Sampler(NamedTuple):
     """The compiled sampler and what belongs to the tokenizer it serves."""
 
-    generate: Callable[..., Rollouts]
+    generate: Generate
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     silent_ids: Set[int]

@@ -67,8 +67,8 @@ def filter_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N
     in_top_k = jnp.arange(size) < top_k
     p = jax.nn.softmax(jnp.where(in_top_k, ranked, -jnp.inf), -1)
     before = jnp.cumsum(p, -1) - p
-    # The most likely token always stays, whatever rounding does to its own cumulative sum.
-    keep = in_top_k & ((before < controls.top_p) | (jnp.arange(size) == 0))
+    # The most likely token always stays, and all do when top-p is off, whatever rounding does to the running sum.
+    keep = in_top_k & ((before < controls.top_p) | (controls.top_p >= 1) | (jnp.arange(size) == 0))
     nucleus = jnp.where(keep, ranked, jnp.inf).min(-1)
     return jnp.maximum(nucleus, ranked[:, 0] + jnp.log(controls.min_p))
 

@@ -1,12 +1,13 @@
 """A tiny world for the halls: a random model, a few short dialogues, and every program compiled once per session."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,9 @@ from kardia_jax.scoring import Grader
 
 NANO = dataclasses.replace(TINY, family="qwen3", width=16, mlp_width=32, layers=1, heads=2, kv_heads=1, head_dim=8)
 # Long enough that every prompt, one turn or two, is padded to the same 96 positions: one shape, one compilation.
-SYSTEM_PROMPT = "Stay with what they say, name the feeling, and answer in a few warm words. " * 2 + "{profile} {situation}"
+SYSTEM_PROMPT = (
+    "Stay with what they say, name the feeling, and answer in a few warm words. " * 2 + "{profile} {situation}"
+)
 MAKERS = ("make_generate", "make_score", "make_compiled_update", "make_optimizer", "make_loss", "grpo_objective")
 
 remembered = functools.cache(functools.cache)
@@ -88,21 +91,30 @@ def replaced(config: Any, path: str, value: object) -> Any:
     return dataclasses.replace(config, **{name: replaced(getattr(config, name), rest, value) if rest else value})
 
 
-@pytest.fixture
-def config_of(world, tmp_path) -> Callable[..., Config]:
-    """Makes the tiny config; fields to replace are given by their dotted path."""
+@pytest.fixture(scope="session")
+def config_in(world) -> Callable[..., Config]:
+    """Makes the tiny config of a run in this folder; fields to replace are given by their dotted path."""
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0)
     base = Config(
-        run=RunConfig(dir=tmp_path / "run", save_every=2, log_rollouts=-1, console=False),
+        run=RunConfig(save_every=2, log_rollouts=-1, console=False),
         data=DataConfig(source=str(world), system_prompt=world / "system_prompt.txt", max_prompt_tokens=96),
         model=ModelConfig(source="nano", remat="none"),
         sft=SftConfig(epochs=2.0, batch=3, optimizer=optimizer),
-        grpo=GrpoConfig(
-            steps=4, prompts=2, group=4, sampler=SamplerConfig(max_new_tokens=8), optimizer=optimizer
-        ),
+        grpo=GrpoConfig(steps=4, prompts=2, group=4, sampler=SamplerConfig(max_new_tokens=8), optimizer=optimizer),
         eval=EvalConfig(sampler=SamplerConfig(temperature=0.0, max_new_tokens=8), batch=2, samples=4),
     )
-    return lambda fields=(): functools.reduce(lambda config, item: replaced(config, *item), dict(fields).items(), base)
+
+    def make(folder: pathlib.Path, fields: Mapping[str, object] | None = None) -> Config:
+        chosen = {"run.dir": folder, **(fields or {})}
+        return functools.reduce(lambda config, field: replaced(config, *field), chosen.items(), base)
+
+    return make
+
+
+@pytest.fixture
+def config_of(config_in, tmp_path) -> Callable[..., Config]:
+    """``config_in`` a folder of this test's own."""
+    return functools.partial(config_in, tmp_path / "run")
 
 
 @pytest.fixture
@@ -132,7 +144,7 @@ def nano_policy(world) -> Policy:
         return load_policy(ModelConfig(source="nano"), seed=0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fresh_policy(nano_policy) -> Callable[[], Policy]:
     """Makes the start policy with parameters of its own."""
     return lambda: nano_policy._replace(params=jax.tree.map(jnp.copy, nano_policy.params))
@@ -156,7 +168,7 @@ class FakeJudge(NamedTuple):
         ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def grader_of() -> Callable[..., Grader]:
     """Makes a grader around the fake judge, or around another one."""
 
@@ -166,25 +178,27 @@ def grader_of() -> Callable[..., Grader]:
     return make
 
 
+@pytest.fixture(scope="session")
+def lenient_parse() -> Callable[[str], Spans]:
+    """An untrained model never writes four spans: this makes any text well-formed, with the text as the reply."""
+    return lambda text: Spans("-", "-", ("sad", "lonely")[len(text) % 2], text or "-")
+
+
 @pytest.fixture
-def every_text_counts(monkeypatch):
-    """An untrained model never writes four spans: here all its texts are well-formed, with the text as the reply."""
-
-    def parse(text: str) -> Spans:
-        return Spans("-", "-", ("sad", "lonely")[len(text) % 2], text or "-")
-
-    monkeypatch.setattr(scoring, "parse", parse)
+def every_text_counts(monkeypatch, lenient_parse):
+    monkeypatch.setattr(scoring, "parse", lenient_parse)
 
 
 class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-@pytest.fixture
-def dies(monkeypatch) -> Callable[..., type[KilledError]]:
-    """Makes the n-th call of a function raise ``KilledError``, before it has done anything."""
+@pytest.fixture(scope="session")
+def killed_at() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """A block that must end when a function is called for the n-th time, before that call has done anything."""
 
-    def plan(owner: Any, name: str, call: int) -> type[KilledError]:
+    @contextlib.contextmanager
+    def block(owner: Any, name: str, call: int) -> Iterator[None]:
         original, calls = getattr(owner, name), itertools.count(1)
 
         def die_or_do(*args, **kwargs):
@@ -192,13 +206,14 @@ def dies(monkeypatch) -> Callable[..., type[KilledError]]:
                 raise KilledError(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(owner, name, die_or_do)
-        return KilledError
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError, match=name):
+            patch.setattr(owner, name, die_or_do)
+            yield
 
-    return plan
+    return block
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def read_lines() -> Callable[[pathlib.Path], list[dict[str, Any]]]:
     """Rows of a JSONL file."""
     return lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]

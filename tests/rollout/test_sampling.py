@@ -44,7 +44,8 @@ def filtered(logits, temperature: float, top_k: int, top_p: float, min_p: float)
             break
         nucleus.append(token)
         mass += weights[token] / sum(weights.values())
-        margin = min(margin, abs(mass - top_p) if top_p < 1 else margin, abs(weights[token] - min_p))
+        margin = min(margin, abs(mass - top_p)) if top_p < 1 else margin
+        margin = min(margin, abs(weights[token] - min_p)) if min_p > 0 else margin
     return Filtered([token for token in nucleus if weights[token] >= min_p], margin)
 
 
@@ -64,7 +65,7 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
 @settings(deadline=None, max_examples=50)
 @given(
     eighths=st.lists(st.integers(-40, 40), unique=True, min_size=11, max_size=11),
-    temperature=st.floats(0.2, 4.0, width=32),
+    temperature=st.floats(0.25, 4.0, width=32),
     top_k=st.integers(0, 20),
     top_p=st.floats(0.0625, 1.0, width=32),
     min_p=st.sampled_from([0.0, 0.01, 0.3, 0.9]),
@@ -73,7 +74,7 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
 def test_draws_come_from_the_filtered_distribution(eighths, temperature, top_k, top_p, min_p, seed):
     logits = np.array(eighths) / 8
     kept, margin = filtered(logits, temperature, top_k, top_p, min_p)
-    assume(margin > ROUNDING or min_p == 0 == top_p % 1)
+    assume(margin > ROUNDING)
     keys = jax.random.split(jax.random.key(seed), 32)
     drawn = compiled_draw(
         jnp.tile(jnp.asarray(logits, jnp.float32), (32, 1)), keys, controls(temperature, top_k, top_p, min_p)
