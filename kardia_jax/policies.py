@@ -133,7 +133,8 @@ def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBa
     spec, params, tokenizer = add_tags(spec, params, tokenizer)
     if not isinstance(tokenizer.eos_token_id, int):
         raise ConfigError("model.tokenizer", "a tokenizer with an eos_token that ends a turn", None)
-    ends |= {tokenizer.eos_token_id} - {token_id(tokenizer, END_TAG)}
+    # A generation config may stop at the end tag too, but that one belongs to the text: it is never an end of turn.
+    ends = (ends | {tokenizer.eos_token_id}) - {token_id(tokenizer, END_TAG)}
     return Policy(spec.with_tokens(len(tokenizer)), params, tokenizer, tuple(sorted(ends)))
 
 

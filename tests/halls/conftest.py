@@ -37,9 +37,7 @@ from kardia_jax.scoring import Grader
 
 NANO = dataclasses.replace(TINY, family="qwen3", width=16, mlp_width=32, layers=1, heads=2, kv_heads=1, head_dim=8)
 # Long enough that every prompt, one turn or two, is padded to the same 96 positions: one shape, one compilation.
-SYSTEM_PROMPT = (
-    "Stay with what they say, name the feeling, and answer in a few warm words. " * 2 + "{profile} {situation}"
-)
+SYSTEM_PROMPT = "Stay with what they say, name the feeling, answer warmly. " * 2 + "{profile} {situation}"
 MAKERS = ("make_generate", "make_score", "make_compiled_update", "make_optimizer", "make_loss", "grpo_objective")
 
 remembered = functools.cache(functools.cache)
@@ -94,7 +92,7 @@ def replaced(config: Any, path: str, value: object) -> Any:
 @pytest.fixture(scope="session")
 def config_in(world) -> Callable[..., Config]:
     """Makes the tiny config of a run in this folder; fields to replace are given by their dotted path."""
-    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0)
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0, max_bad_steps=2)
     base = Config(
         run=RunConfig(save_every=2, log_rollouts=-1, console=False),
         data=DataConfig(source=str(world), system_prompt=world / "system_prompt.txt", max_prompt_tokens=96),
@@ -194,11 +192,11 @@ class KilledError(Exception):
 
 
 @pytest.fixture(scope="session")
-def killed_at() -> Callable[..., contextlib.AbstractContextManager[None]]:
-    """A block that must end when a function is called for the n-th time, before that call has done anything."""
+def killed_at() -> Callable[..., contextlib.AbstractContextManager[type[Exception]]]:
+    """Inside the block the n-th call of a function, before it has done anything, raises what the block yields."""
 
     @contextlib.contextmanager
-    def block(owner: Any, name: str, call: int) -> Iterator[None]:
+    def block(owner: Any, name: str, call: int) -> Iterator[type[KilledError]]:
         original, calls = getattr(owner, name), itertools.count(1)
 
         def die_or_do(*args, **kwargs):
@@ -206,9 +204,9 @@ def killed_at() -> Callable[..., contextlib.AbstractContextManager[None]]:
                 raise KilledError(name)
             return original(*args, **kwargs)
 
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError, match=name):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, die_or_do)
-            yield
+            yield KilledError
 
     return block
 

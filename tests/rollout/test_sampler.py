@@ -1,6 +1,5 @@
 """The sampler against the plain forward pass; stopping, early exit, keys that no neighbour disturbs."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -39,7 +38,7 @@ KEYS = ROLLOUT(0, jnp.arange(3), 2)
 
 
 class Model(NamedTuple):
-    """A policy, its compiled sampler and learner, and how often the sampler was traced."""
+    """A policy, its compiled sampler and learner, and what the sampler did."""
 
     spec: ModelSpec
     params: Any
@@ -47,32 +46,39 @@ class Model(NamedTuple):
     logprobs: Callable[..., Any]
     logits: Callable[..., Any]
     traces: list[int]
+    """One entry per trace of ``generate``."""
+    steps: list[int]
+    """One entry per decode step that ran."""
 
 
 @functools.cache
 def model(family: str, dtype: str = "float32") -> Model:
-    spec, compute, traces = SPECS[family], Compute(dtype, remat="none", head_chunk=16), []
+    spec, compute, traces, steps = SPECS[family], Compute(dtype, remat="none", head_chunk=16), [], []
+
+    def decode_step(*arguments):
+        jax.debug.callback(lambda: steps.append(1))
+        return policy.decode_step(*arguments)
 
     def traced(*arguments, max_new_tokens):
         traces.append(max_new_tokens)
-        return sampler.generate(spec, compute, *arguments, max_new_tokens=max_new_tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler, "decode_step", decode_step)
+            return sampler.generate(spec, compute, *arguments, max_new_tokens=max_new_tokens)
 
-    return Model(
-        spec,
-        params_of(spec),
-        jax.jit(traced, static_argnames="max_new_tokens"),
-        jax.jit(functools.partial(policy.group_logprobs, spec, compute)),
-        jax.jit(functools.partial(policy.logits, spec, compute)),
-        traces,
-    )
+    generate = jax.jit(traced, static_argnames="max_new_tokens")
+    logprobs = jax.jit(functools.partial(policy.group_logprobs, spec, compute))
+    logits = jax.jit(functools.partial(policy.logits, spec, compute))
+    return Model(spec, params_of(spec), generate, logprobs, logits, traces, steps)
 
 
 def params_of(spec: ModelSpec):
-    """Peaked logits, and padding rows that would win every draw if they took part."""
-    params = jax.jit(functools.partial(policy.init, spec))(jax.random.key(4))
-    table = "embed" if spec.tied else "head"
-    rows = params[table]["embedding"].at[TOKENS:].multiply(30)
-    return params | {table: {"embedding": rows}, "final_norm": {"scale": jnp.full(spec.width, 2.0)}}
+    """Peaked logits, biases that matter, a head that does not favour the last token again, and padding rows that would win every draw if they took part."""
+    rng = np.random.default_rng(4)
+    shapes = jax.eval_shape(functools.partial(policy.init, spec), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    params["final_norm"]["scale"] *= 6
+    policy.head_table(params)[TOKENS:] *= 30
+    return jax.tree.map(jnp.asarray, params)
 
 
 def controls(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Controls:
@@ -226,34 +232,23 @@ def test_without_a_stop_the_budget_ends_every_row():
 
 def test_a_stop_in_the_last_place_counts_as_stopped():
     free = run(model("qwen3"))
-    last = free.tokens[0, 0, -1]
-    assert last not in free.tokens[0, 0, :-1]
-    rollouts = run(model("qwen3"), stop=(last, *NEVER[1:]))
-    assert (rollouts.lengths[0, 0], rollouts.stopped[0, 0]) == (BUDGET, True)
+    places = [place for place in np.ndindex(3, 2) if free.tokens[place][-1] not in free.tokens[place][:-1]]
+    rollouts = run(model("qwen3"), stop=(free.tokens[places[0]][-1], *NEVER[1:]))
+    assert (rollouts.lengths[places[0]], rollouts.stopped[places[0]]) == (BUDGET, True)
 
 
-def test_the_loop_ends_when_every_row_has(monkeypatch):
-    steps = []
-    spec, decode = dataclasses.replace(SPECS["qwen3"], layers=1), sampler.decode_step
-
-    def counted(*arguments):
-        jax.debug.callback(lambda: steps.append(1))
-        return decode(*arguments)
-
-    monkeypatch.setattr(sampler, "decode_step", counted)
-    generate = jax.jit(functools.partial(sampler.generate, spec, Compute(remat="none")), static_argnums=7)
+def test_the_loop_ends_when_every_row_has():
+    made = model("qwen3")
 
     def decoded(stop) -> tuple[Any, int]:
-        steps.clear()
-        stops = jnp.array(stop, jnp.int32)
-        inputs = (params_of(spec), PROMPTS, LENGTHS, KEYS, controls(), stops, jnp.int32(PAD), 24)
-        rollouts = jax.device_get(generate(*inputs))
+        made.steps.clear()
+        rollouts = run(made, stop=stop)
         jax.effects_barrier()
-        return rollouts, len(steps)
+        return rollouts, len(made.steps)
 
     free, count = decoded(NEVER)
     # The first token comes from the prefill.
-    assert count == 23
+    assert count == BUDGET - 1
     rollouts, count = decoded(free.tokens[:, :, 2].ravel())
     assert rollouts.stopped.all()
     assert count == rollouts.lengths.max() - 1 <= 2
@@ -280,7 +275,8 @@ def test_the_same_keys_draw_the_same_bits():
     ids=["step", "purpose", "seed", "prompt", "sample"],
 )
 def test_other_keys_draw_other_completions(keys):
-    assert (run(model("qwen3")).tokens != run(model("qwen3"), keys=keys).tokens).any(-1).all()
+    flat, made = controls(3.0), model("qwen3")
+    assert (run(made, flat).tokens != run(made, flat, keys=keys).tokens).any(-1).all()
 
 
 def test_one_key_draws_afresh_at_every_position():
