@@ -70,7 +70,7 @@ class Checkpoints:
             print(f"Removing {path}: it was interrupted and is not complete.", file=sys.stderr)
             shutil.rmtree(path)
         self._needed = 0
-        self._manager = _manager(self.dir, ocp.CheckpointManagerOptions(max_to_keep=keep))
+        self._manager = _manager(self.dir, max_to_keep=keep)
 
     def save(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
         """Start writing; returns when the state has been copied and may be donated. A saved step is left as
@@ -145,7 +145,7 @@ def restore(dir: pathlib.Path, step: int, like: TrainState) -> Restored:
     """
     wanted = _by_path(like)
     place = _absolute(dir) / str(step)
-    with _manager(place.parent, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _manager(place.parent, read_only=True) as manager:
         document = _read(manager, step, place, "extra", ocp.args.JsonRestore())
         if document.get("crc32") != _crc32(document):
             raise _damaged(place, "extra/metadata has another checksum than when it was written")
@@ -316,9 +316,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
 
 
-def _manager(dir: pathlib.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+def _manager(dir: pathlib.Path, max_to_keep: int | None = None, read_only: bool = False) -> ocp.CheckpointManager:
     # Orbax logs the traceback of every error that it also raises; ours is one line that says what to do.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, read_only=read_only)
     return ocp.CheckpointManager(dir, options=options)
 
 

@@ -1,7 +1,7 @@
 """The command line: ``kardia VERB [CONFIG.py] [--part.field value ...]``.
 
     kardia demo configs/demo.py --seeds 3
-    kardia grpo configs/kardia.py --run.dir runs/a --grpo.group 16
+    kardia grpo configs/demo.py --run.dir runs/a --grpo.group 16
     kardia export runs/a out/a --dtype bfloat16
 
 A config file is Python with ``get_config() -> Config``; what follows overrides its fields. Errors that a person can
@@ -44,14 +44,19 @@ class DemoArgs:
 class ExportArgs:
     """A run's newest checkpoint as a Hugging Face directory."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional]
+    run: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of a `kardia sft` or `kardia grpo` run."""
-    target: Annotated[pathlib.Path, tyro.conf.Positional]
+    target: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Folder to write; must not exist unless --overwrite."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the exported weights."""
     overwrite: bool = False
     """Replace a folder that holds a model."""
+
+
+@dataclass(frozen=True)
+class DoctorArgs:
+    """What this machine and this installation can do, one line each; takes no arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,8 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kardia {verb}: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"kardia {verb}: interrupted; go on with --run.resume", file=sys.stderr)
+        again = "go on with --run.resume" if verb in ("sft", "grpo") else "run it again"
+        print(f"kardia {verb}: interrupted; {again}", file=sys.stderr)
         return 130
+    except SystemExit as done:  # tyro's: 0 after --help, 2 after a mistake that it has explained
+        return done.code if isinstance(done.code, int) else 2
     return 0
 
 
@@ -118,7 +126,7 @@ def config_file(arguments: list[str]) -> Config:
 def _demo(arguments: list[str]) -> None:
     from kardia_jax.demo import run_demo
 
-    if not arguments or (arguments[0].startswith("-") and "--help" not in arguments):
+    if not arguments or (arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments)):
         fix = "In a clone of the repository: kardia demo configs/demo.py"
         raise ConfigError("demo", "a config file first", " ".join(arguments) or None, fix)
     args = tyro.cli(DemoArgs, prog="kardia demo", default=DemoArgs(config_file(arguments)), args=arguments)
@@ -162,8 +170,7 @@ def _export(arguments: list[str]) -> None:
 
 
 def _doctor(arguments: list[str]) -> None:
-    if arguments:
-        raise ConfigError("doctor", "no arguments", arguments)
+    tyro.cli(DoctorArgs, prog="kardia doctor", args=arguments)
     from kardia_jax.doctor import diagnose
 
     diagnose()

@@ -12,14 +12,12 @@ import pathlib
 import shutil
 from collections.abc import Mapping
 
-from rich.console import Console
-
 from kardia_jax.config import Config, ConfigError
 from kardia_jax.evaluate import Evaluation, evaluate, summarise, write_rows
 from kardia_jax.export import export_policy
 from kardia_jax.observe.intervals import Interval
 from kardia_jax.observe.phases import PhaseTimer
-from kardia_jax.observe.results import results_table
+from kardia_jax.observe.results import results_table, wide_console
 from kardia_jax.policies import Policy, load_policy
 from kardia_jax.scoring import Grader, make_grader
 from kardia_jax.sft import train_sft
@@ -32,7 +30,7 @@ def run_demo(config: Config, seeds: int) -> dict[str, dict[str, Interval]]:
     """Runs the whole path once per seed and writes the summary; returns the intervals it printed."""
     if seeds < 1:
         raise ConfigError("seeds", "at least 1", seeds)
-    folder, console, timer = config.run.dir, Console(), PhaseTimer()
+    folder, console, timer = config.run.dir, wide_console(), PhaseTimer()
     _clear(folder)
     grader = make_grader(config.judge, config.rewards)
     evaluations: dict[str, list[Evaluation]] = {stage: [] for stage in STAGES}

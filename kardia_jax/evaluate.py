@@ -29,6 +29,7 @@ from kardia_jax.observe.intervals import (
     macro_f1,
     t_interval,
 )
+from kardia_jax.observe.jsonl import plain
 from kardia_jax.policies import Policy, sampler_of
 from kardia_jax.programs import compute_for, make_generate
 from kardia_jax.rewards.rubric import Rubric
@@ -52,9 +53,10 @@ class Evaluation:
     """Every answer in full, as in rollouts.jsonl."""
 
     def means(self) -> dict[str, float]:
-        """Mean of every metric, macro-F1 included."""
+        """Mean of every metric, macro-F1 included; NaN where every verdict is missing."""
         by_name = {
-            name: float(np.nanmean(numbers)) for name, numbers in self.values.items() if np.isfinite(numbers).any()
+            name: float(np.nanmean(numbers)) if np.isfinite(numbers).any() else float("nan")
+            for name, numbers in self.values.items()
         }
         return by_name | {"macro_f1": macro_f1(self.gold, self.predicted, EMOTIONS)}
 
@@ -68,10 +70,12 @@ def held_out_prompts(config: Config, policy: Policy) -> list[Prompt]:
     """The test prompts: every assistant turn, or the last of each dialogue."""
     loaded = load_dialogues(config.data, "test")
     system_prompt = load_system_prompt(config.data.system_prompt)
-    prompts = prompts_of(loaded.dialogues, policy.tokenizer, config.data, system_prompt).prompts
+    asked = prompts_of(loaded.dialogues, policy.tokenizer, config.data, system_prompt)
+    for problem in (*loaded.problems, *asked.problems):
+        print(f"left out of the evaluation: {problem}")
     if config.eval.turns == "all":
-        return list(prompts)
-    return [prompt for prompt in prompts if prompt.turn == len(prompt.dialogue.answers) - 1]
+        return list(asked.prompts)
+    return [prompt for prompt in asked.prompts if prompt.turn == len(prompt.dialogue.answers) - 1]
 
 
 def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
@@ -136,7 +140,7 @@ def summarise(evaluations: Sequence[Evaluation], seed: int) -> dict[str, Interva
 
 
 def write_rows(evaluation: Evaluation, path: pathlib.Path) -> None:
-    """Every answer with its scores, one JSON object per line."""
+    """Every answer with its scores, one JSON object per line; an unknown number is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dict(row), ensure_ascii=False, default=str) for row in evaluation.rows]
+    lines = [json.dumps(plain(row), ensure_ascii=False, allow_nan=False) for row in evaluation.rows]
     path.write_text("\n".join(lines) + "\n", "utf-8")

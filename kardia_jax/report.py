@@ -1,12 +1,10 @@
 """``kardia eval``: a policy's held-out numbers as a table, a JSON file and every answer in full."""
 
-from rich.console import Console
-
 from kardia_jax.config import Config
 from kardia_jax.demo import write_summary
 from kardia_jax.evaluate import evaluate, summarise, write_rows
 from kardia_jax.observe.phases import PhaseTimer
-from kardia_jax.observe.results import results_table
+from kardia_jax.observe.results import results_table, wide_console
 from kardia_jax.policies import load_policy
 from kardia_jax.scoring import make_grader
 
@@ -21,4 +19,4 @@ def evaluate_and_report(config: Config) -> None:
     results = {"policy": summarise([evaluation], config.run.seed)}
     write_rows(evaluation, config.run.dir / "answers.jsonl")
     write_summary(config.run.dir / "eval.json", results, timer.take(), seeds=1)
-    Console().print(results_table(results, f"{config.model.source}, mean [95 % interval over dialogues]"))
+    wide_console().print(results_table(results, f"{config.model.source}, mean [95 % interval over dialogues]"))

@@ -20,6 +20,7 @@ import jax
 
 from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
 from kardia_jax.config import Config, ConfigError, RunConfig, flat, to_json
+from kardia_jax.dialogue.dataset import Loaded
 from kardia_jax.observe.console import TrainingConsole
 from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
@@ -70,6 +71,13 @@ class Run:
         if save or due(step, self.config.save_every, self.steps):
             with self.timer.phase("save"):
                 self.checkpoints.save(step, state, {"config": self.saved_config})
+
+
+def report_data(console: TrainingConsole, loaded: Loaded, too_long: Sequence[str], used: str) -> None:
+    """Says what was read, kept and left out; every row left out by its file and line."""
+    console.message(f"data: {loaded.summary()}; {used}; {len(too_long)} prompts too long")
+    for problem in (*loaded.problems, *too_long):
+        console.message(f"  left out: {problem}")
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -20,7 +20,7 @@ from kardia_jax.observe.measures import to_host, values
 from kardia_jax.policies import Policy
 from kardia_jax.programs import compute_for, make_compiled_update
 from kardia_jax.rollout.engine import pad_rows
-from kardia_jax.run import check_progress, open_run
+from kardia_jax.run import check_progress, open_run, report_data
 from kardia_jax.types import GroupBatch
 
 
@@ -52,10 +52,8 @@ def train_sft(config: Config, policy: Policy) -> Policy:
     # ---- Loop
     with open_run(config, "sft", steps, init_state(policy.params, optimizer)) as run:
         state = run.state
-        run.console.message(
-            f"sft: {loaded.summary()}; {len(examples.examples)} answers in {len(groups)} groups, "
-            f"{examples.skipped} too long"
-        )
+        used = f"{len(examples.examples)} answers in {len(groups)} conversations"
+        report_data(run.console, loaded, examples.problems, used)
         for step in range(run.first_step, steps):
             with run.timer.phase("batch"):
                 batch = sft_batch(order[step], answers, policy.pad_id)

@@ -28,7 +28,7 @@ from kardia_jax.programs import Score, compute_for, make_compiled_update, make_g
 from kardia_jax.rewards.diagnostics import hacking_signs
 from kardia_jax.rollout.engine import Sampled, sample
 from kardia_jax.rollout.sampling import Controls
-from kardia_jax.run import check_progress, open_run
+from kardia_jax.run import check_progress, open_run, report_data
 from kardia_jax.scoring import Graded, Grader, check_failures, grade, reward_metrics, rollout_rows
 from kardia_jax.types import GroupBatch, Params
 
@@ -66,7 +66,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     # ---- Loop
     with open_run(config, "grpo", steps, fresh) as run:
         state, timer = run.state, run.timer
-        run.console.message(f"grpo: {loaded.summary()}; {len(prompts.prompts)} prompts, {prompts.skipped} skipped")
+        report_data(run.console, loaded, prompts.problems, f"{len(prompts.prompts)} prompts")
         for step in range(run.first_step, steps):
             # ---- Sample
             with timer.phase("rollout"):

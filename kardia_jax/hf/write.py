@@ -135,6 +135,8 @@ def _write_weights(dir: pathlib.Path, params: Params, spec: ModelSpec, shards: l
         part = tensors(params, spec, names, dtype)
         # transformers refuses a file that does not say who wrote its layout.
         save_file(part, dir / file, metadata={"format": "pt"})
+        # safetensors writes 0600; the folder is for others to read, like the files beside it.
+        (dir / file).chmod(0o644)
         weight_map |= dict.fromkeys(names, file)
         total += sum(tensor.nbytes for tensor in part.values())
     if len(shards) > 1:

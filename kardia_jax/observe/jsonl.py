@@ -35,7 +35,7 @@ class JsonlWriter:
     def write(self, step: int, *rows: Mapping[str, object]) -> None:
         """Append the rows of one step and flush, so that they survive the process."""
         for row in rows:
-            line = json.dumps(_plain({"step": step, **row}), ensure_ascii=False, allow_nan=False)
+            line = json.dumps(plain({"step": step, **row}), ensure_ascii=False, allow_nan=False)
             self._file.write(line + "\n")
         self._file.flush()
 
@@ -100,14 +100,14 @@ def _parse(path: pathlib.Path, number: int, line: bytes) -> dict[str, object]:
     return row
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """What ``json`` can write: numpy becomes Python, and a float that is not finite becomes None."""
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

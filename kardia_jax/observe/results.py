@@ -10,9 +10,13 @@ across, since nine columns of intervals would not fit a terminal:
 import math
 from collections.abc import Mapping
 
+from rich.console import Console
 from rich.table import Table
 
 from kardia_jax.observe.intervals import Interval
+
+WIDTH = 100
+"""Columns that three policies with their intervals take."""
 
 
 def results_table(
@@ -20,12 +24,17 @@ def results_table(
 ) -> Table:
     """One column per policy, one line per metric in order of first appearance, a dash where not measured."""
     table = Table(title=title, title_justify="left")
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     for policy in results:
         table.add_column(policy, no_wrap=True)
     for metric in dict.fromkeys(name for by_metric in results.values() for name in by_metric):
         table.add_row(metric, *[interval_text(by_metric.get(metric)) for by_metric in results.values()])
     return table
+
+
+def wide_console() -> Console:
+    """A console of at least ``WIDTH`` columns: a log file or a narrow terminal must not cut numbers off."""
+    return Console(width=max(WIDTH, Console().width))
 
 
 def interval_text(interval: Interval | None) -> str:

@@ -1,6 +1,6 @@
 """The update: nothing that should not matter does, nothing that is not finite gets in, nothing large is made.
 
-Laws are tried on a small closed-form policy, for which a program compiles at once, then on the real model.
+Tried on a small closed-form policy, for which programs compile at once; the real model has its own file.
 """
 
 import functools
@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kardia_jax import programs
 from kardia_jax.config import LossConfig, OptimizerConfig
 from kardia_jax.grpo.losses import make_loss
 from kardia_jax.grpo.optimizer import make_optimizer
@@ -27,9 +26,6 @@ from kardia_jax.grpo.update import (
     sft_objective,
     split,
 )
-from kardia_jax.model import policy
-from kardia_jax.model.policy import Compute
-from kardia_jax.model.spec import ModelSpec
 from kardia_jax.observe.measures import to_host, values
 from kardia_jax.types import GroupBatch
 
@@ -89,7 +85,8 @@ def small_forward(params, batch: GroupBatch) -> tuple[jax.Array, jax.Array]:
 def objective_of(name: str):
     if name == "sft":
         return sft_objective
-    return grpo_objective(make_loss(LossConfig(name=name, beta=0.1, correction="token_tis"), T))
+    bounds = {"clip_low": 0.2, "clip_high": 0.2}
+    return grpo_objective(make_loss(LossConfig(name=name, beta=0.1, correction="token_tis", **bounds), T))
 
 
 @functools.cache
@@ -114,7 +111,7 @@ def equal_bits(one, other) -> None:
 # ---- what does not matter ----
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "cispo", "gspo", "sft"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "sft"])
 def test_the_split_into_micro_batches_changes_nothing(name):
     whole = learn(name, small_batch())
     assert (
@@ -128,14 +125,19 @@ def test_the_split_into_micro_batches_changes_nothing(name):
         assert_same(learn(name, small_batch(), parts), whole)
 
 
+def prompts_of(batch: GroupBatch, half: int) -> GroupBatch:
+    """Two of the four prompts."""
+    return jax.tree.map(lambda x: x if x.ndim == 0 else x[2 * half : 2 * half + 2], batch)
+
+
 def test_bnpo_is_the_mean_over_micro_batches_of_their_own_means():
     batch = small_batch()
-    cut = [jax.tree.map(lambda x, i=i: x if x.ndim == 0 else x[2 * i : 2 * i + 2], batch) for i in range(2)]
-    halves = [learn("bnpo", half) for half in cut]
+    # On its own half a token mean divides by the half's own count.
+    (first, one), (second, two) = (learn("dapo", prompts_of(batch, half)) for half in range(2))
     params, metrics = learn("bnpo", batch, 2)
-    assert_same(params, jax.tree.map(lambda a, b: (a + b) / 2, halves[0][0], halves[1][0]))
-    assert metrics["loss"] == pytest.approx((halves[0][1]["loss"] + halves[1][1]["loss"]) / 2, abs=FLOAT32)
-    assert abs(metrics["loss"] - learn("bnpo", batch)[1]["loss"]) > 1e-3
+    assert_same(params, jax.tree.map(lambda a, b: (a + b) / 2, first, second))
+    assert metrics["loss"] == pytest.approx((one["loss"] + two["loss"]) / 2, abs=FLOAT32)
+    assert abs(metrics["loss"] - learn("dapo", batch)[1]["loss"]) > 1e-3
 
 
 @settings(deadline=None, max_examples=20)
@@ -169,10 +171,14 @@ def padded(batch: GroupBatch, prompt: int, completion: int, filler: int) -> Grou
     return batch._replace(**longer)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "vespo", "sft"])
-@pytest.mark.parametrize(("prompt", "completion", "filler"), [(0, 0, 0), (3, 2, 7)])
-def test_padding_changes_nothing(name, prompt, completion, filler):
-    assert_same(learn(name, padded(small_batch(), prompt, completion, filler)), learn(name, small_batch()))
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "sft"])
+def test_what_stands_in_padding_changes_nothing(name):
+    assert_same(learn(name, padded(small_batch(), 0, 0, filler=7)), learn(name, small_batch()))
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_more_padding_changes_nothing(name):
+    assert_same(learn(name, padded(small_batch(), 3, 2, filler=7)), learn(name, small_batch()))
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "sft"])
@@ -193,10 +199,8 @@ def test_rows_outside_the_loss_have_no_influence(name):
 
 def test_a_prompt_without_loss_rows_might_as_well_be_absent_in_a_token_mean():
     batch = small_batch()
-    muted = batch._replace(loss_rows=batch.loss_rows.at[3].set(False))
-    fewer = jax.tree.map(lambda x: x if x.ndim == 0 else x[:3], batch)
-    for name in ("dapo", "sft"):
-        assert_same(learn(name, muted), learn(name, fewer))
+    muted = batch._replace(loss_rows=batch.loss_rows.at[2:].set(False))
+    assert_same(learn("dapo", muted), learn("dapo", prompts_of(batch, 0)))
 
 
 def test_a_batch_without_a_loss_row_changes_no_parameter():

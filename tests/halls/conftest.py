@@ -8,7 +8,7 @@ import json
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -213,5 +213,12 @@ def killed_at() -> Callable[..., contextlib.AbstractContextManager[type[Exceptio
 
 @pytest.fixture(scope="session")
 def read_lines() -> Callable[[pathlib.Path], list[dict[str, Any]]]:
-    """Rows of a JSONL file."""
-    return lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    """Rows of a JSONL file, read as strictly as JSON is defined: NaN is an error."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(f"{constant} is no JSON")
+
+    def read(path: pathlib.Path) -> list[dict[str, Any]]:
+        return [json.loads(line, parse_constant=refuse) for line in path.read_text("utf-8").splitlines()]
+
+    return read
