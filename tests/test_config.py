@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -325,7 +326,7 @@ def spec_of(source: str) -> ModelSpec:
     return next(spec for shape, spec in SHAPES.items() if shape in name)
 
 
-def abstract(shape: tuple[int, ...], dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+def abstract(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
