@@ -26,7 +26,7 @@ TOKENS = 96
 
 
 TEMPERATURE = 0.7
-"""At 1 this small model garbles one answer in six. The policies are evaluated at the temperature that GRPO trained, whose
+"""At 1 this small model garbles one answer in six. The policies are evaluated at the temperature of GRPO, whose
 expected reward is what it raises; `--eval.sampler.temperature 0` shows the most likely answers instead."""
 
 

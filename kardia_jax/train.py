@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kardia_jax.config import Config, ConfigError, GrpoConfig
 from kardia_jax.dialogue.dataset import load_dialogues
@@ -188,7 +188,7 @@ def advantages_of(graded: Graded, sampled: Sampled, config: Config) -> tuple[Flo
     return advantages, values(to_host(named))
 
 
-def enough_verdicts(graded: Graded, least: int) -> Float[Array, "P 1"]:
+def enough_verdicts(graded: Graded, least: int) -> Bool[Array, "P 1"]:
     """Groups with at least so many verdicts; the others leave the update, KL included."""
     return jnp.asarray(graded.combined.valid_P_G.sum(-1, keepdims=True) >= least)
 

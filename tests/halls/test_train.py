@@ -102,10 +102,13 @@ def test_a_correction_reads_the_distribution_that_was_drawn_from(loss, expected)
     assert batch.sampler_logprobs.tolist() == np.full((2, 2, 3), expected).tolist()
 
 
+POLICY, REFERENCE = {"w": -1.0}, {"w": -3.0}
+
+
 def fake_score(params, batch, temperature):
-    """The "parameters" are a number, which becomes every log-prob; entropies count up from 0."""
+    """The one parameter becomes every log-prob; entropies count up from 0."""
     shape = batch.completion_tokens.shape
-    return jnp.full(shape, params * temperature), jnp.arange(float(np.prod(shape))).reshape(shape)
+    return jnp.full(shape, params["w"] * temperature), jnp.arange(float(np.prod(shape))).reshape(shape)
 
 
 def never(*args):
@@ -114,18 +117,18 @@ def never(*args):
 
 def test_on_policy_without_kl_nothing_is_scored():
     batch = batch_of(2)
-    assert with_logprobs(batch, never, 1.0, None, GrpoConfig(prompts=2)) is batch
+    assert with_logprobs(batch, never, POLICY, None, GrpoConfig(prompts=2)) is batch
 
 
 def test_the_reference_is_scored_with_its_own_parameters_at_the_sampling_temperature():
-    batch = with_logprobs(batch_of(2), fake_score, -1.0, -3.0, GrpoConfig(prompts=2))
+    batch = with_logprobs(batch_of(2), fake_score, POLICY, REFERENCE, GrpoConfig(prompts=2))
     np.testing.assert_allclose(batch.ref_logprobs, -3.0 * 0.9, rtol=1e-6)
     assert batch.old_logprobs is None
 
 
 @pytest.mark.parametrize("several", [{"minibatches": 2}, {"passes": 2}])
 def test_several_updates_score_the_old_policy(several):
-    batch = with_logprobs(batch_of(2), fake_score, -1.0, None, GrpoConfig(prompts=2, **several))
+    batch = with_logprobs(batch_of(2), fake_score, POLICY, None, GrpoConfig(prompts=2, **several))
     np.testing.assert_allclose(batch.old_logprobs, -0.9, rtol=1e-6)
     assert batch.ref_logprobs is None
 
@@ -133,7 +136,7 @@ def test_several_updates_score_the_old_policy(several):
 def test_the_entropy_floor_is_a_quantile_of_kept_tokens_alone():
     # Kept tokens have entropies 0 | 3 4 5 | 6 | 9 10 11; the upper half starts at their median, 5.5.
     grpo = GrpoConfig(prompts=2, loss=LossConfig(top_entropy=0.5))
-    batch = with_logprobs(batch_of(2), fake_score, -1.0, None, grpo)
+    batch = with_logprobs(batch_of(2), fake_score, POLICY, None, grpo)
     assert float(batch.entropy_floor) == 5.5
     assert batch.old_logprobs is None
 
