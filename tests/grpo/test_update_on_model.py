@@ -48,6 +48,7 @@ def batch() -> GroupBatch:
         advantages=jnp.asarray(rng.normal(size=(4, 2)), jnp.float32),
         loss_rows=jnp.asarray([[True, True], [True, True], [True, False], [True, True]]),
         ref_logprobs=jnp.asarray(rng.normal(-3.8, 0.3, (4, 2, 5)), jnp.float32),
+        sampler_logprobs=jnp.asarray(rng.normal(-3.8, 0.3, (4, 2, 5)), jnp.float32),
     )
 
 
@@ -84,12 +85,15 @@ def test_micro_batches_and_padding_change_nothing():
     plain = batch()
     tokens = jnp.where(jnp.arange(6) < plain.prompt_lengths.max(1)[:, None], plain.prompt_tokens, 11)
     behind = jnp.arange(7) >= plain.completion_lengths[..., None]
-    completions = jnp.pad(plain.completion_tokens, ((0, 0), (0, 0), (0, 2)))
-    ref_logprobs = jnp.pad(plain.ref_logprobs, ((0, 0), (0, 0), (0, 2)))
+
+    def lengthened(x: jax.Array, filler: float) -> jax.Array:
+        return jnp.where(behind, filler, jnp.pad(x, ((0, 0), (0, 0), (0, 2))))
+
     longer = plain._replace(
         prompt_tokens=jnp.pad(tokens, ((0, 0), (0, 3)), constant_values=29),
-        completion_tokens=jnp.where(behind, 17, completions),
-        ref_logprobs=jnp.where(behind, jnp.nan, ref_logprobs),
+        completion_tokens=lengthened(plain.completion_tokens, 17),
+        ref_logprobs=lengthened(plain.ref_logprobs, jnp.nan),
+        sampler_logprobs=lengthened(plain.sampler_logprobs, jnp.nan),
     )
     assert_same(learn(4, longer), learn(1, plain))
 
@@ -100,18 +104,19 @@ def test_the_order_of_rows_changes_nothing():
     assert_same(learn(1, moved), learn(1, batch()))
 
 
-def test_first_on_policy_minibatch_has_ratio_one_and_the_next_has_not():
-    score = programs.make_score(SPEC, COMPUTE)
-    old, _ = score(fresh().params, batch(), jnp.float32(TEMPERATURE))
-    state, metrics = update(1)(fresh(), batch())
+def test_first_on_policy_minibatch_has_ratio_one_and_clips_nothing():
+    _, metrics = update(1)(fresh(), batch())
     assert metrics["ratio"].sum == metrics["ratio"].weight == completion_mask(batch()).sum()
     assert [float(metrics[name].sum) for name in ("clip_low", "clip_high", "clip_region")] == [0, 0, 0]
-    # Old log-probs of the score program meet the update's own: equal at the same parameters, not after a step.
-    _, same = update(1)(fresh(), batch()._replace(old_logprobs=old))
-    _, after = update(1)(state, batch()._replace(old_logprobs=old))
-    assert values(to_host(same))["ratio"] == pytest.approx(1, abs=MODEL_TOLERANCE)
-    assert values(to_host(same))["clip_region"] == 0
-    assert abs(values(to_host(after))["ratio"] - 1) > 1e-4
+
+
+def test_the_score_program_and_the_update_see_the_same_logprobs_until_a_step_is_taken():
+    scored, _ = programs.make_score(SPEC, COMPUTE)(fresh().params, batch(), jnp.float32(TEMPERATURE))
+    state, before = update(1)(fresh(), batch()._replace(sampler_logprobs=scored))
+    _, after = update(1)(state, batch()._replace(sampler_logprobs=scored))
+    gaps = [values(to_host(metrics))["mismatch_abs"] for metrics in (before, after)]
+    assert gaps[0] < MODEL_TOLERANCE
+    assert gaps[1] > 1e-3
 
 
 def test_repeated_updates_are_traced_once_and_give_their_buffers_on():

@@ -51,9 +51,7 @@ def shared_programs():
             if name in vars(hall):
                 patch.setattr(hall, name, remembered(vars(hall)[name]))
         patch.setitem(SHAPES, "nano", NANO)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def row(number: int, emotion: str, turns: int) -> dict[str, Any]:

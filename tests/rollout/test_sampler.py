@@ -72,7 +72,8 @@ def model(family: str, dtype: str = "float32") -> Model:
 
 
 def params_of(spec: ModelSpec):
-    """Peaked logits, biases that matter, a head that does not favour the last token again, and padding rows that would win every draw if they took part."""
+    """Peaked logits, biases that matter, a head that does not just repeat the last token, and padding rows that would
+    win every draw if they took part."""
     rng = np.random.default_rng(4)
     shapes = jax.eval_shape(functools.partial(policy.init, spec), jax.random.key(0))
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
