@@ -8,7 +8,9 @@ A config file is Python with ``get_config() -> Config``; what follows overrides 
 mend are one message on stderr and exit code 2 (1 for a run that stopped); anything else is a bug and shows its trace.
 """
 
+import errno
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -61,6 +63,8 @@ class DoctorArgs:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
+    # transformers would advise everybody to install PyTorch, which this package does without.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments else "--help"
     if verb in ("-h", "--help", "help"):
@@ -91,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether the error was written for a person: raised by name in this package, or the system's own on a file."""
-    return type(error).__module__.startswith("kardia_jax") or (isinstance(error, OSError) and bool(error.filename))
+    """Whether a person can mend it: raised by name in this package, or the system's own on a file or a full disk."""
+    if isinstance(error, OSError):
+        return bool(error.filename) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return type(error).__module__.startswith("kardia_jax")
 
 
 def read_config(verb: str, arguments: list[str]) -> Config:
@@ -112,9 +118,14 @@ def config_file(arguments: list[str]) -> Config:
     if spec is None or spec.loader is None:
         raise ConfigError("config file", "a .py file", str(path))
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make = vars(module).get("get_config")
-    config = make() if callable(make) else None
+    try:
+        spec.loader.exec_module(module)
+        make = vars(module).get("get_config")
+        config = make() if callable(make) else None
+    except ConfigError:
+        raise
+    except Exception as error:  # the file is a program of the user's; whatever is wrong in it is theirs to read
+        raise ConfigError(str(path), "a file that runs", f"{type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(str(path), "a function get_config() -> kardia_jax.config.Config", config)
     return config

@@ -13,8 +13,9 @@ import shutil
 from collections.abc import Mapping
 
 from kardia_jax.config import Config, ConfigError
-from kardia_jax.evaluate import Evaluation, evaluate, summarise, write_rows
+from kardia_jax.evaluate import Evaluation, evaluate, held_out_prompts, summarise, write_rows
 from kardia_jax.export import export_policy
+from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.intervals import Interval
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.results import results_table, wide_console
@@ -30,7 +31,11 @@ def run_demo(config: Config, seeds: int) -> dict[str, dict[str, Interval]]:
     """Runs the whole path once per seed and writes the summary; returns the intervals it printed."""
     if seeds < 1:
         raise ConfigError("seeds", "at least 1", seeds)
+    if config.run.resume:
+        raise ConfigError("run.resume", "False: a demo starts anew", True, "Resume `kardia sft` or `kardia grpo`.")
     folder, console, timer = config.run.dir, wide_console(), PhaseTimer()
+    # A mistake in the config must show before the results of an earlier demo are gone.
+    held_out_prompts(config, load_policy(config.model, config.run.seed))
     _clear(folder)
     grader = make_grader(config.judge, config.rewards)
     evaluations: dict[str, list[Evaluation]] = {stage: [] for stage in STAGES}
@@ -84,9 +89,11 @@ def _clear(folder: pathlib.Path) -> None:
     """Removes what an earlier demo left, and nothing else: a folder that is none of ours is refused."""
     left = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     strange = [name for name in left if name not in ("hf", "summary.json") and not name.startswith("seed-")]
-    if strange:
+    if strange or (left and not any(name.startswith("seed-") for name in left)):
         fix = "Choose another --run.dir."
-        raise ConfigError("run.dir", "a new folder or one of an earlier demo", f"{folder} with {strange[0]}", fix)
+        raise ConfigError(
+            "run.dir", "a new folder or one of an earlier demo", f"{folder} with {(strange or left)[0]}", fix
+        )
     for name in left:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -101,8 +108,7 @@ def write_summary(
         "seconds": {name: round(spent, 2) for name, spent in seconds.items()},
         "seeds": seeds,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", "utf-8")
+    write_whole(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def _numbers(interval: Interval) -> dict[str, float | None]:

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from kardia_jax.config import Config, EvalConfig
+from kardia_jax.config import Config, ConfigError, EvalConfig
 from kardia_jax.dialogue.dataset import load_dialogues
 from kardia_jax.dialogue.emotions import EMOTIONS
 from kardia_jax.dialogue.prompt import Prompt, load_system_prompt, prompts_of
 from kardia_jax.dialogue.spans import Spans
 from kardia_jax.keys import Purpose, row_keys
+from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.intervals import (
     Interval,
     bootstrap_interval,
@@ -30,12 +31,12 @@ from kardia_jax.observe.intervals import (
     t_interval,
 )
 from kardia_jax.observe.jsonl import plain
-from kardia_jax.policies import Policy, sampler_of
+from kardia_jax.policies import Policy, check_positions, sampler_of
 from kardia_jax.programs import compute_for, make_generate
 from kardia_jax.rewards.rubric import Rubric
 from kardia_jax.rollout.engine import Sampler, sample
 from kardia_jax.rollout.sampling import Controls
-from kardia_jax.scoring import Graded, Grader, grade, rollout_rows
+from kardia_jax.scoring import Graded, Grader, check_failures, grade, rollout_rows
 
 LOWEST_MARK = 1.0
 
@@ -75,17 +76,23 @@ def held_out_prompts(config: Config, policy: Policy) -> list[Prompt]:
         print(f"left out of the evaluation: {problem}")
     if config.eval.turns == "all":
         return list(asked.prompts)
-    return [prompt for prompt in asked.prompts if prompt.turn == len(prompt.dialogue.answers) - 1]
+    last = [prompt for prompt in asked.prompts if prompt.turn == len(prompt.dialogue.answers) - 1]
+    if not last:
+        fix = "Raise data.max_prompt_tokens, or set eval.turns to all."
+        raise ConfigError("eval.turns", "a last turn within data.max_prompt_tokens", "none", fix)
+    return last
 
 
 def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
     """Answers every test prompt and grades the answers; a draw depends on seed, prompt and sample alone."""
+    check_positions(policy.spec, config.data.max_prompt_tokens, config.eval.sampler.max_new_tokens, "eval.sampler")
     prompts, settings = held_out_prompts(config, policy), config.eval
     sampler = sampler_of(policy, make_generate(policy.spec, compute_for(config.model)))
     texts_P_G = []
     for start in range(0, len(prompts), settings.batch):
         texts_P_G += _answers(sampler, policy, prompts, start, settings, config.run.seed)
     graded = grade(grader, prompts, texts_P_G)
+    check_failures(graded, config.judge)
     return _collect(prompts, texts_P_G, graded, grader.rubric)
 
 
@@ -121,6 +128,7 @@ def _collect(
         "emotion_accuracy": tuple(score.emotion for score in scores),
         **{c.name: tuple(mark(i, c.name) for i in everyone) for c in rubric.criteria},
         "reward": tuple(graded.combined.rewards_P_G.ravel().tolist()),
+        "judge_failures": tuple(float(not score.valid) for score in scores),
     }
     return Evaluation(
         clusters=tuple(prompt.dialogue.where for prompt in repeated),
@@ -141,6 +149,5 @@ def summarise(evaluations: Sequence[Evaluation], seed: int) -> dict[str, Interva
 
 def write_rows(evaluation: Evaluation, path: pathlib.Path) -> None:
     """Every answer with its scores, one JSON object per line; an unknown number is null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(plain(row), ensure_ascii=False, allow_nan=False) for row in evaluation.rows]
-    path.write_text("\n".join(lines) + "\n", "utf-8")
+    write_whole(path, "\n".join(lines) + "\n")

@@ -19,9 +19,7 @@ class Purpose(enum.IntEnum):
 
     INIT = 0
     ROLLOUT = 1
-    DATA = 2
-    EVALUATION = 3
-    DROPOUT = 4
+    EVALUATION = 2
 
 
 def key_for(seed: int, purpose: Purpose, *path: int | Int[Array, ""]) -> Key[Array, ""]:
@@ -35,8 +33,13 @@ def key_for(seed: int, purpose: Purpose, *path: int | Int[Array, ""]) -> Key[Arr
 def row_keys(
     seed: int, purpose: Purpose, step: int | Int[Array, ""], prompt_ids: Int[Array, " P"], group: int
 ) -> Key[Array, "P G"]:
-    """One key per completion, from (seed, purpose, step, prompt, sample): row order and batch size do not matter."""
-    base = key_for(seed, purpose, step)
-    samples = jnp.arange(group)
-    per_prompt = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, prompt_ids)
-    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, samples))(per_prompt)
+    """One key per completion, from (seed, purpose, step, prompt, sample): row order and batch size do not matter.
+
+    A prompt that stands in the batch twice goes on counting its samples, so that no two rows are alike.
+    """
+    same = prompt_ids[:, None] == prompt_ids
+    repeats = jnp.tril(same, k=-1).sum(1)
+    samples = repeats[:, None] * group + jnp.arange(group)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    per_prompt = fold(key_for(seed, purpose, step), prompt_ids)
+    return jax.vmap(fold)(per_prompt, samples)

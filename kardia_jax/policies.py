@@ -12,7 +12,7 @@ it has room and by growing the table otherwise; their rows start from the mean o
 import dataclasses
 import json
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,14 @@ class Policy(NamedTuple):
         return frozenset((*self.end_ids, self.pad_id))
 
 
+def check_positions(spec: ModelSpec, prompt_tokens: int, answer_tokens: int, where: str) -> None:
+    """Refuses prompts and answers that together outrun the model's positions."""
+    if prompt_tokens + answer_tokens > spec.max_positions:
+        fix = f"Lower data.max_prompt_tokens or {where}.max_new_tokens."
+        room = f"at most the model's {spec.max_positions} positions with {answer_tokens} tokens of answer"
+        raise ConfigError("data.max_prompt_tokens", room, prompt_tokens, fix)
+
+
 def sampler_of(policy: Policy, generate: Generate) -> Sampler:
     """The compiled sampler with the policy's tokenizer and ids."""
     return Sampler(generate, policy.tokenizer, policy.stop_ids, policy.silent_ids, policy.pad_id)
@@ -82,7 +90,11 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     folder = tokenizer_dir() if source == "mini" else pathlib.Path(source)
     if not (folder / "tokenizer_config.json").is_file():
         raise ConfigError("model.tokenizer", "mini or a directory with tokenizer_config.json", source)
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        fix = "Save it again with tokenizer.save_pretrained."
+        raise ConfigError("model.tokenizer", f"a tokenizer in {folder}", f"{error}"[:200], fix) from error
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -121,7 +133,7 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     if not (folder / "config.json").is_file():
         fix = "Give a directory as written by save_pretrained or by `kardia export`."
         raise ConfigError("model.source", "a directory with config.json", config.source, fix)
-    spec = ModelSpec.from_hf(json.loads((folder / "config.json").read_text("utf-8")))
+    spec = ModelSpec.from_hf(_read_json(folder / "config.json"))
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if has_tokenizer else config.tokenizer)
     params = jax.tree.map(jnp.asarray, load_params(folder, spec))
@@ -138,8 +150,18 @@ def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBa
     return Policy(spec.with_tokens(len(tokenizer)), params, tokenizer, tuple(sorted(ends)))
 
 
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(str(file), "a JSON object", f"{error}", "Download or export it again.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(str(file), "a JSON object", type(found).__name__, "Download or export it again.")
+    return found
+
+
 def _generation_ends(folder: pathlib.Path) -> frozenset[int]:
     """``eos_token_id`` of generation_config.json: models such as Qwen stop at more ids than their tokenizer names."""
     file = folder / "generation_config.json"
-    ends = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+    ends = _read_json(file).get("eos_token_id") if file.is_file() else None
     return frozenset([ends] if isinstance(ends, int) else ends or [])

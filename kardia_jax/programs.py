@@ -2,7 +2,7 @@
 
 Everything under them is a plain function; this is the only place of the training path that says ``jax.jit``. Shapes
 that vary (prompt and completion length) are padded to few sizes by the callers, temperatures and filters are arrays,
-so a run compiles each program once per pair of sizes.
+so a run compiles each program once per pair of sizes; the same model evaluated again compiles nothing.
 """
 
 import functools
@@ -30,6 +30,7 @@ def compute_for(config: ModelConfig) -> Compute:
     return Compute(native if config.dtype == "auto" else config.dtype, config.remat, config.head_chunk)
 
 
+@functools.cache
 def make_generate(spec: ModelSpec, compute: Compute) -> Generate:
     """``rollout.sampler.generate`` without its first two arguments; ``max_new_tokens`` is static."""
     return jax.jit(functools.partial(generate, spec, compute), static_argnames="max_new_tokens")
@@ -51,6 +52,7 @@ def score(
     )
 
 
+@functools.cache
 def make_score(spec: ModelSpec, compute: Compute) -> Score:
     """``score`` compiled: (params, batch, temperature) -> (logprobs, entropy)."""
     return jax.jit(functools.partial(score, spec, compute))

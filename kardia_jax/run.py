@@ -22,6 +22,7 @@ from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing,
 from kardia_jax.config import Config, ConfigError, RunConfig, flat, to_json
 from kardia_jax.dialogue.dataset import Loaded
 from kardia_jax.observe.console import TrainingConsole
+from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.trackers import Tracker, open_trackers
@@ -54,9 +55,8 @@ class Run:
         state: TrainState,
         metrics: Mapping[str, float],
         rollouts: Sequence[Mapping[str, object]] = (),
-        save: bool = False,
     ) -> None:
-        """Reports step ``step`` (counted from 1) and saves when it is time, or when ``save`` says so."""
+        """Reports step ``step`` (counted from 1) and saves when it is time."""
         seconds = self.timer.take()
         metrics = {
             **metrics,
@@ -68,7 +68,7 @@ class Run:
         self.console.update(step, metrics, seconds)
         # After the files: whoever resumes from a checkpoint finds every line up to its step. Its seconds count for the
         # next step.
-        if save or due(step, self.config.save_every, self.steps):
+        if due(step, self.config.save_every, self.steps):
             with self.timer.phase("save"):
                 self.checkpoints.save(step, state, {"config": self.saved_config})
 
@@ -94,12 +94,12 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         truncate_after(folder / name, first_step)
-    (folder / "config.json").write_text(to_json(config), "utf-8")
-    (folder / "verb.json").write_text(json.dumps({"verb": verb}) + "\n", "utf-8")
-    trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
+    write_whole(folder / "config.json", to_json(config))
+    write_whole(folder / "verb.json", json.dumps({"verb": verb}) + "\n")
     console = TrainingConsole(verb, steps, first_step, live=config.run.console)
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
     with JsonlWriter(folder / "rollouts.jsonl") as rollouts, checkpoints, console:
+        trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
         try:
             yield Run(
                 config.run,
@@ -128,7 +128,7 @@ def check_progress(state: TrainState, allowed: int, where: str) -> None:
     """Stops a run whose gradients are not finite any more; the parameters are those before the first bad one."""
     bad = int(state.bad_steps)
     if bad >= allowed:
-        fix = f"Lower {where}.learning_rate or clip_norm and resume from the newest checkpoint."
+        fix = f"Export the newest checkpoint and start a new run.dir from it with a lower {where}.learning_rate."
         raise TrainingError(f"{where}.max_bad_steps: {bad} updates in a row had a gradient that is not finite. {fix}")
 
 

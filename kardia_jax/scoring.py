@@ -43,8 +43,9 @@ class Graded(NamedTuple):
 
     @property
     def failure_share(self) -> float:
-        """Share of the completions whose verdict is missing."""
-        return float(1 - self.combined.valid_P_G.mean())
+        """Missing verdicts over verdicts asked for; malformed completions are never sent to the judge."""
+        asked = sum(scores.malformed is None for row in self.scores_P_G for scores in row)
+        return float((~self.combined.valid_P_G).sum() / asked) if asked else 0.0
 
 
 class JudgeStopError(RuntimeError):
@@ -82,11 +83,12 @@ def reward_metrics(graded: Graded) -> dict[str, float]:
     """Means over the valid completions: reward, its terms, each criterion; shares of malformed and unjudged ones."""
     combined, scores = graded.combined, [score for row in graded.scores_P_G for score in row]
     marks = [score.marks for score in scores if score.marks is not None]
+    terms_P_G_K = np.where(combined.valid_P_G[..., None], combined.terms_P_G_K, np.nan)
     names = sorted({name for row in marks for name in row})
     return {
         "reward": _mean(combined.rewards_P_G),
         "reward_std": float(np.nanstd(combined.rewards_P_G)) if combined.valid_P_G.any() else float("nan"),
-        **{f"reward/{name}": _mean(combined.terms_P_G_K[..., k]) for k, name in enumerate(combined.term_names)},
+        **{f"reward/{name}": _mean(terms_P_G_K[..., k]) for k, name in enumerate(combined.term_names)},
         **{f"criterion/{name}": float(np.mean([row[name] for row in marks])) for name in names},
         "malformed": float(np.mean([score.malformed is not None for score in scores])),
         "judge_failures": graded.failure_share,
@@ -111,7 +113,7 @@ def rollout_rows(
                 "sample": g,
                 "profile": prompt.dialogue.person,
                 "situation": prompt.dialogue.situation,
-                "user": prompt.messages[-1]["content"],
+                "dialogue_so_far": [dict(message) for message in prompt.messages[1:]],
                 "emotion": prompt.dialogue.emotion,
                 "completion": prompt.prefill + text,
                 "spans": vars(parsed) if isinstance(parsed, Spans) else None,

@@ -17,7 +17,7 @@ from kardia_jax.dialogue.prompt import Example, examples_of, load_system_prompt
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import init_state, sft_objective
 from kardia_jax.observe.measures import to_host, values
-from kardia_jax.policies import Policy
+from kardia_jax.policies import Policy, check_positions
 from kardia_jax.programs import compute_for, make_compiled_update
 from kardia_jax.rollout.engine import pad_rows
 from kardia_jax.run import check_progress, open_run, report_data
@@ -31,6 +31,8 @@ def train_sft(config: Config, policy: Policy) -> Policy:
     examples = examples_of(
         loaded.dialogues, policy.tokenizer, config.data, load_system_prompt(config.data.system_prompt)
     )
+    longest = max(len(example.completion_tokens) for example in examples.examples)
+    check_positions(policy.spec, max(len(e.prompt.tokens) for e in examples.examples), longest, "sft")
     groups = conversations(examples.examples)
     answers = max(len(group) for group in groups)
     order = batches(groups, config.sft.batch, config.run.seed)
@@ -63,7 +65,14 @@ def train_sft(config: Config, policy: Policy) -> Policy:
             check_progress(state, config.sft.optimizer.max_bad_steps, "sft.optimizer")
             tokens = float(batch.prompt_lengths.max(1).sum() + batch.completion_lengths.sum())
             run.finish_step(
-                step + 1, state, {**metrics, "learning_rate": float(np.asarray(rate(step))), "tokens": tokens}
+                step + 1,
+                state,
+                {
+                    **metrics,
+                    "learning_rate": float(np.asarray(rate(step))),
+                    "tokens": tokens,
+                    "epoch": float(order.epoch_of(step)),
+                },
             )
     return policy._replace(params=state.params)
 

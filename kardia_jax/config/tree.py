@@ -183,6 +183,8 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name}", "in [0, 1)", getattr(self, name))
         require(self.clip_norm >= 0, "optimizer.clip_norm", "0 (never) or more", self.clip_norm)
+        require(self.epsilon > 0, "optimizer.epsilon", "more than 0", self.epsilon)
+        require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay)
         require(self.max_bad_steps >= 1, "optimizer.max_bad_steps", "at least 1", self.max_bad_steps)
 
 
@@ -231,7 +233,7 @@ class GrpoConfig:
         require(self.steps is None or self.steps >= 1, "grpo.steps", "none or at least 1", self.steps)
         require(self.epochs > 0, "grpo.epochs", "more than 0", self.epochs)
         require(self.prompts >= 1, "grpo.prompts", "at least 1", self.prompts)
-        require(self.group >= 1, "grpo.group", "at least 1", self.group)
+        require(self.group >= 2, "grpo.group", "at least 2: a group of one has nothing to compare", self.group)
         require(self.passes >= 1, "grpo.passes", "at least 1", self.passes)
         fix = "Pick a divisor of grpo.prompts."
         divides = self.minibatches >= 1 and self.prompts % self.minibatches == 0
@@ -283,6 +285,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        least, group = self.judge.min_valid, self.grpo.group
+        require(
+            least <= group, "judge.min_valid", f"at most grpo.group = {group}", least, "Every group would be left out."
+        )
 
 
 def _check_split(part: str, rows: int, micro_batches: int) -> None:

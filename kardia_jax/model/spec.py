@@ -214,6 +214,7 @@ class ModelSpec:
         if family not in ARCHITECTURES:
             raise SpecError(f"model_type: wanted one of {tuple(ARCHITECTURES)}, got {family!r}.")
         _refuse_unsupported(config)
+        _require_sizes(config)
         heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
         return cls(
             family=family,
@@ -252,6 +253,15 @@ class ModelSpec:
             "attention_dropout": 0.0,
             "use_sliding_window": False,
         } | ({"attention_bias": False} if self.family == "qwen3" else {})
+
+
+def _require_sizes(config: Mapping[str, Any]) -> None:
+    """The numbers without which there is no model, each a positive integer."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in names:
+        value = config.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise SpecError(f"{name}: wanted a positive integer in config.json, got {value!r}.")
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

@@ -42,7 +42,6 @@ class Row(NamedTuple):
 ROWS = (
     Row("reward", "reward", ".3f"),
     Row("loss", "loss", ".4f"),
-    Row("token_accuracy", "token accuracy", ".3f"),
     Row("kl", "KL", ".4f"),
     Row("entropy", "entropy", ".3f"),
     Row("grad_norm", "grad norm", ".3g"),

@@ -44,7 +44,7 @@ class Sampled(NamedTuple):
     """Device arrays, cut to the bucket of the longest completion."""
     lengths_P_G: Int[np.ndarray, "P G"]
     texts_P_G: list[list[str]]
-    """Decoded with span tags, without end-of-turn and padding."""
+    """Decoded with every special token, less an end-of-turn token that ends the row."""
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[np.ndarray, "N S"], Int[np.ndarray, " N"]]:
@@ -79,13 +79,18 @@ def sample(
     tokens, lengths = jax.device_get((rollouts.tokens, rollouts.lengths))
     texts = [
         [
-            decode_completion(sampler.tokenizer, row[:n].tolist(), sampler.silent_ids)
+            decode_completion(sampler.tokenizer, _without_end(row[:n].tolist(), sampler.silent_ids), frozenset())
             for row, n in zip(group, ns, strict=True)
         ]
         for group, ns in zip(tokens, lengths, strict=True)
     ]
     used = min(length_buckets(max(SHORTEST, int(lengths.max()))), max_new_tokens)
     return Sampled(prompt_tokens, prompt_lengths, _cut(rollouts, used), lengths, texts)
+
+
+def _without_end(row: list[int], silent_ids: Set[int]) -> list[int]:
+    """The row less its end-of-turn token. Anywhere else such a token is the policy's mistake and stays to be seen."""
+    return row[:-1] if row and row[-1] in silent_ids else row
 
 
 def _cut(rollouts: Rollouts, length: int) -> Rollouts:

@@ -60,7 +60,9 @@ def test_the_summary_has_the_numbers_that_were_promised(demo):
         "evaluate grpo",
         "export",
     ]
-    assert all(spent > 0 for spent in summary["seconds"].values())
+    # Rounded to hundredths: loading a model this small may take none.
+    assert all(spent >= 0 for spent in summary["seconds"].values())
+    assert summary["seconds"]["grpo"] > 0
 
 
 def test_each_seed_leaves_its_runs_and_answers(demo, read_lines):

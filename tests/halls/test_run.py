@@ -52,13 +52,6 @@ def test_speed_is_tokens_over_the_seconds_of_the_step(config_of, read_lines, mon
     assert row["seconds/rollout"] == 1.5
 
 
-def test_save_may_be_asked_for_out_of_turn(config_of):
-    config = config_of({"run.save_every": 50})
-    with open_run(config, "sft", 4, state_at(0)) as run:
-        run.finish_step(1, state_at(1), {}, save=True)
-    assert latest_step(config.run.dir / "checkpoints") == 1
-
-
 def test_an_unknown_metric_is_null_and_not_a_number(config_of, read_lines):
     config = config_of()
     with open_run(config, "sft", 4, state_at(0)) as run:

@@ -160,7 +160,7 @@ def test_rows_say_what_was_asked_what_came_and_why():
     good, junk, lost = rollout_rows([prompt()], texts, graded)
     assert good["profile"] == "About: a baker."
     assert good["situation"] == "My dog."
-    assert good["user"] == "It ran away."
+    assert good["dialogue_so_far"] == [{"role": "user", "content": "It ran away."}]
     assert good["completion"] == answer()
     assert good["spans"] == {
         "understanding": "they miss it",

@@ -219,6 +219,14 @@ def test_rounding_never_draws_a_token_of_weight_zero():
         assert (np.take_along_axis(weights, np.asarray(token)[:, None], 1) > 0).all()
 
 
+def test_rounding_between_blocks_never_draws_a_token_of_weight_zero():
+    # Blocks weigh 0.75 ulp and 1, together 1 + ulp: the second seems to start at 1 ulp, above the target of 0.8 ulp.
+    ulp = 2.0**-23
+    weights = np.zeros((1, 256), np.float32)
+    weights[0, [0, 130]] = [0.75 * ulp, 1.0]
+    assert compiled_inverse(weights, jnp.float32([0.8 * ulp])).tolist() == [130]
+
+
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
     """The statistic and its degrees of freedom; tokens expected fewer than five times are pooled."""
     rare = expected < 5
