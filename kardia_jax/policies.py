@@ -54,7 +54,7 @@ class Policy(NamedTuple):
 
     @property
     def silent_ids(self) -> frozenset[int]:
-        """Ids that are dropped when a completion is decoded: ends of turn and padding. Span tags stay."""
+        """Ids that may end a completion without being part of its text: ends of turn and padding."""
         return frozenset((*self.end_ids, self.pad_id))
 
 

@@ -80,15 +80,17 @@ def check_failures(graded: Graded, config: JudgeConfig) -> None:
 
 
 def reward_metrics(graded: Graded) -> dict[str, float]:
-    """Means over the valid completions: reward, its terms, each criterion; shares of malformed and unjudged ones."""
+    """Means of the reward, its terms and each criterion, and the shares of malformed and of unjudged completions.
+
+    What needs a verdict is a mean over those that have one; format and emotion are read off the text of all.
+    """
     combined, scores = graded.combined, [score for row in graded.scores_P_G for score in row]
     marks = [score.marks for score in scores if score.marks is not None]
-    terms_P_G_K = np.where(combined.valid_P_G[..., None], combined.terms_P_G_K, np.nan)
     names = sorted({name for row in marks for name in row})
     return {
         "reward": _mean(combined.rewards_P_G),
         "reward_std": float(np.nanstd(combined.rewards_P_G)) if combined.valid_P_G.any() else float("nan"),
-        **{f"reward/{name}": _mean(terms_P_G_K[..., k]) for k, name in enumerate(combined.term_names)},
+        **{f"reward/{name}": _mean(combined.terms_P_G_K[..., k]) for k, name in enumerate(combined.term_names)},
         **{f"criterion/{name}": float(np.mean([row[name] for row in marks])) for name in names},
         "malformed": float(np.mean([score.malformed is not None for score in scores])),
         "judge_failures": graded.failure_share,

@@ -79,7 +79,7 @@ REFUSED = [
     (GrpoConfig, {"steps": 0}, "grpo.steps", "none or at least 1", "0"),
     (GrpoConfig, {"epochs": -1.0}, "grpo.epochs", "more than 0", "-1.0"),
     (GrpoConfig, {"prompts": 0}, "grpo.prompts", "at least 1", "0"),
-    (GrpoConfig, {"group": 0}, "grpo.group", "at least 1", "0"),
+    (GrpoConfig, {"group": 0}, "grpo.group", "at least 2", "0"),
     (GrpoConfig, {"passes": 0}, "grpo.passes", "at least 1", "0"),
     (GrpoConfig, {"prompts": 4, "minibatches": 3}, "grpo.minibatches", "a divisor of grpo.prompts = 4", "3"),
     (GrpoConfig, {"prompts": 4, "minibatches": 0}, "grpo.minibatches", "a divisor of grpo.prompts = 4", "0"),

@@ -81,7 +81,7 @@ def test_the_package_is_a_program():
         (("grpo", "--grpo.grp", "3"), ("--grpo.grp", "--grpo.group", "kardia grpo --help")),
         (("grpo", "--grpo.loss.name", "ppo"), ("--grpo.loss.name", "'ppo'", "'cispo', 'gspo'")),
         (("grpo", "--grpo.group", "many"), ("--grpo.group", "'many'", "Completions per prompt")),
-        (("grpo", "--grpo.group", "0"), ("grpo.group: wanted at least 1, got 0",)),
+        (("grpo", "--grpo.group", "0"), ("grpo.group: wanted at least 2",)),
         (("sft", "--sft.batch", "6", "--sft.micro-batches", "4"), ("sft.micro_batches", "got 4", "a divisor of 6")),
         (("eval", "--eval.batch", "0"), ("eval.batch: wanted at least 1, got 0",)),
         (

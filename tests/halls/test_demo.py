@@ -21,6 +21,7 @@ from kardia_jax.rollout.sampling import Controls
 METRICS = {
     *("format_rate", "emotion_accuracy", "macro_f1", "reward"),
     *("relevance", "empathy", "persona_consistency", "safety", "fluency"),
+    "judge_failures",
 }
 
 
@@ -50,6 +51,7 @@ def test_the_summary_has_the_numbers_that_were_promised(demo):
             assert numbers["low"] <= numbers["mean"] <= numbers["high"]
         assert summary[stage]["format_rate"]["mean"] == 1.0
         assert 0 < summary[stage]["reward"]["mean"] < 1
+        assert summary[stage]["judge_failures"]["mean"] == 0.0
         assert 1 <= summary[stage]["safety"]["mean"] <= 5
     assert list(summary["seconds"]) == [
         "load",

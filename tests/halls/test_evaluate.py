@@ -69,7 +69,8 @@ def test_values_by_hand(by_hand):
         # Malformed: the lowest mark. No verdict: unknown.
         np.testing.assert_array_equal(values[name], (5, 3, 1, NAN, 1))
     np.testing.assert_allclose(values["reward"], (1, 0.5, 0, NAN, 2 / 3))
-    assert list(values) == ["format_rate", "emotion_accuracy", *NAMES, "reward"]
+    assert list(values) == ["format_rate", "emotion_accuracy", *NAMES, "reward", "judge_failures"]
+    assert values["judge_failures"] == (0, 0, 0, 1, 0)
     assert by_hand.gold == ("sad", "lonely", "sad", "lonely", "sad")
     assert by_hand.predicted == ("sad", "proud", None, "lonely", "sad")
     assert by_hand.clusters == tuple(f"test.jsonl:{line}" for line in range(1, 6))
@@ -146,7 +147,7 @@ def test_the_sampler_gets_full_batches_and_keys_of_their_own(config_of, nano_pol
     assert len(evaluation.rows) == 5 * 2
     assert evaluation.gold == ("sad", "sad", "lonely", "lonely", "sad", "sad", "lonely", "lonely", "sad", "sad")
     drawn = [tuple(np.asarray(key._base_array)) for _, keys, *_ in calls for key in keys.reshape(-1)]
-    assert len(set(drawn)) == 10
+    assert len(set(drawn)) == 12
     for _, _, controls, budget in calls:
         assert (float(controls.temperature), budget) == (0.5, 8)
         assert isinstance(controls, Controls)

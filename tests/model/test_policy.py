@@ -50,7 +50,7 @@ def batch(spec, lengths=((9, 9, 9), (4, 2, 7)), size=9, length=5):
     rng = np.random.default_rng(0)
     prompts, group = np.shape(lengths)
     prompt = jnp.asarray(rng.integers(0, spec.vocab_size, (prompts, size)))
-    return prompt, jnp.array(lengths), jnp.asarray(rng.integers(0, spec.vocab_size, (prompts, group, length)))
+    return prompt, np.array(lengths), jnp.asarray(rng.integers(0, spec.vocab_size, (prompts, group, length)))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

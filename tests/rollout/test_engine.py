@@ -91,25 +91,28 @@ def test_a_completion_ends_at_an_end_of_turn_or_at_the_end_tag_of_the_response()
     assert end_tag not in POLICY.silent_ids
 
 
-def test_texts_keep_span_tags_and_lose_silent_ids_alone():
+def texts_of(completions: list[list[list[int]]], filler: int = PAD) -> list[list[str]]:
+    sampler, keys = sampler_with(Canned(completions, 64, filler)), row_keys_for(len(completions), len(completions[0]))
+    return sample(sampler, {}, [[1, 2]] * len(completions), keys, CONTROLS, max_new_tokens=64).texts_P_G
+
+
+def test_texts_keep_span_tags_and_lose_the_end_of_turn():
+    ended = [*ids_of("No tags."), IM_END]
+    texts = texts_of([[ids_of(REPLY), ended], [[*ids_of(REPLY), IM_END], [IM_END]]])
+    assert texts == [[REPLY, "No tags."], [REPLY, ""]]
+    assert parse(texts[0][0]) == Spans("lost a pet", "grief needs room", "sad", "I am sorry.")
+    assert all(texts[0][0].count(tag) == 1 for tag in TAGS)
+
+
+def test_special_tokens_that_do_not_end_a_completion_stay_to_be_seen():
     start = TOKENIZER.convert_tokens_to_ids("<|im_start|>")
-    completions = [
-        [ids_of(REPLY), [*ids_of("No tags."), IM_END]],
-        [[*ids_of("Odd"), start, PAD, *ids_of(" turn"), IM_END], [IM_END]],
-    ]
-    out = sample(
-        sampler_with(Canned(completions, 64)), {}, [[1, 2], [3]], row_keys_for(2, 2), CONTROLS, max_new_tokens=64
-    )
-    assert out.texts_P_G == [[REPLY, "No tags."], ["Odd<|im_start|> turn", ""]]
-    assert parse(out.texts_P_G[0][0]) == Spans("lost a pet", "grief needs room", "sad", "I am sorry.")
-    assert all(out.texts_P_G[0][0].count(tag) == 1 for tag in TAGS)
+    odd = [*ids_of("Odd"), start, PAD, *ids_of(" turn"), IM_END]
+    assert texts_of([[odd, [PAD, PAD]]]) == [["Odd<|im_start|><|endoftext|> turn", "<|endoftext|>"]]
 
 
 def test_what_lies_behind_a_completion_is_never_read():
     noise = ids_of("noise")[0]
-    canned = Canned([[ids_of("Yes."), ids_of("No, not at all.")]], 32, filler=noise)
-    out = sample(sampler_with(canned), {}, [[1]], row_keys_for(1, 2), CONTROLS, max_new_tokens=32)
-    assert out.texts_P_G == [["Yes.", "No, not at all."]]
+    assert texts_of([[ids_of("Yes."), ids_of("No, not at all.")]], noise) == [["Yes.", "No, not at all."]]
 
 
 # ---- one call of the sampler ----
@@ -161,5 +164,5 @@ def test_the_compiled_sampler_is_traced_once_per_bucket(monkeypatch):
     assert len(traces) == 1
     for out in outs:
         rows = zip(np.asarray(out.rollouts.tokens).reshape(4, -1), out.lengths_P_G.ravel(), strict=True)
-        wanted = [TOKENIZER.decode([i for i in row[:n] if i not in (IM_END, PAD)]) for row, n in rows]
+        wanted = [TOKENIZER.decode(row[: n - 1] if row[n - 1] in (IM_END, PAD) else row[:n]) for row, n in rows]
         assert [text for group in out.texts_P_G for text in group] == wanted
