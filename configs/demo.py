@@ -46,8 +46,9 @@ def get_config() -> Config:
             sampler=sampler,
             # Each reward term by its own spread: otherwise the 0/1 emotion term drowns the rubric.
             advantage=AdvantageConfig(scale="gdpo"),
-            loss=LossConfig(name="dapo", beta=0.0),
-            optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.0),
+            # Without KL the reward rose higher (0.64 to 0.71), but the replies collapsed into one opener for everybody.
+            loss=LossConfig(name="dapo", beta=0.1),
+            optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.0),
         ),
         eval=EvalConfig(sampler=sampler, batch=64, turns="last"),
     )
