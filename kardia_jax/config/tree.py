@@ -239,6 +239,9 @@ class GrpoConfig:
         divides = self.minibatches >= 1 and self.prompts % self.minibatches == 0
         require(divides, "grpo.minibatches", f"a divisor of grpo.prompts = {self.prompts}", self.minibatches, fix)
         _check_split("grpo", self.prompts // self.minibatches, self.micro_batches)
+        fix = "Shorten it or raise grpo.sampler.max_new_tokens."
+        budget, buffer = self.sampler.max_new_tokens, self.loss.overlong_buffer
+        require(buffer <= budget, "grpo.loss.overlong_buffer", f"at most the token budget = {budget}", buffer, fix)
         fix = "GDPO reads the reward terms alone; use another scale, or overlong_buffer 0."
         deaf = self.advantage.scale == "gdpo" and self.loss.overlong_buffer > 0
         require(

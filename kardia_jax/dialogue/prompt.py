@@ -309,7 +309,7 @@ def _completion_ids(
     tokenizer: "Tokenizer", completions: Sequence[str], prefill: str, table: Sequence[int]
 ) -> list[tuple[int, ...]]:
     if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError("tokenizer.eos_token: wanted the token that ends a turn, got none. Set it.")
+        raise DataError("tokenizer.eos_token: wanted the token that ends a turn, got none. Set it.")
     texts = [_after_prefill(completion, prefill) for completion in completions]
     end = (tokenizer.eos_token_id,)
     return [ids + end for ids in _token_ids(tokenizer, texts, table)]
@@ -319,5 +319,5 @@ def _after_prefill(completion: str, prefill: str) -> str:
     """What is left to write of an answer; white space that ends the prefill need not stand in it."""
     begun = prefill.rstrip()
     if not completion.startswith(begun):
-        raise ValueError(f"completion: wanted a text that begins with {begun!r}, got {completion[:40]!r}.")
+        raise DataError(f"completion: wanted a text that begins with {begun!r}, got {completion[:40]!r}.")
     return completion.removeprefix(begun)
