@@ -4,7 +4,11 @@ Environment variables, set before anything reads them: importing jax or transfor
 run that needs neither.
 """
 
+import contextlib
 import os
+import resource
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
@@ -12,3 +16,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests compile much and run little: without LLVM's expensive passes they take about a third less time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture
+def file_limit():
+    """``with file_limit(bytes):`` writes beyond this many bytes of a file fail with EFBIG.
+
+    Lifted with the block, not with the test: the runner's own report may go to a file that is longer.
+    """
+
+    @contextlib.contextmanager
+    def limited(size: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -1,5 +1,4 @@
 import errno
-import resource
 import shutil
 import signal
 import subprocess
@@ -191,22 +190,13 @@ def test_a_full_disk_is_found_out_before_anything_is_written(tmp_path, monkeypat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.fixture
-def file_limit():
-    """Writes beyond this many bytes fail with EFBIG until the test is over."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @orphaned_writes
 def test_a_disk_that_fills_while_writing_leaves_the_checkpoint_before(tmp_path, file_limit):
     noise = jax.random.normal(jax.random.key(0), (300, 300))
     large = TrainState(jnp.int32(2), {"w": noise}, (), jnp.int32(0))
     saved(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path, keep=1)
-    file_limit(100_000)
-    with pytest.raises(CheckpointError, match=r"no room.*360,008 bytes of state.*untouched"):
+    with file_limit(100_000), pytest.raises(CheckpointError, match=r"no room.*360,008 bytes of state.*untouched"):
         _save_and_wait(checkpoints, 2, large)
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
@@ -223,8 +213,7 @@ def test_a_failed_write_surfaces_when_the_run_closes(tmp_path, file_limit):
     noise = jax.random.normal(jax.random.key(0), (300, 300))
 
     def run():
-        with Checkpoints(tmp_path) as checkpoints:
-            file_limit(100_000)
+        with file_limit(100_000), Checkpoints(tmp_path) as checkpoints:
             checkpoints.save(1, TrainState(jnp.int32(1), {"w": noise}, (), jnp.int32(0)), {})
 
     with pytest.raises(CheckpointError, match="no room"):

@@ -1,5 +1,4 @@
 import math
-import resource
 import shutil
 from collections import namedtuple
 
@@ -58,20 +57,11 @@ def test_overwriting_replaces_the_whole_folder(tmp_path):
     assert names(tmp_path) == ["hf"]
 
 
-@pytest.fixture
-def file_limit():
-    """Writes beyond this many bytes fail with EFBIG until the test is over."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_fills_leaves_the_old_export_and_nothing_else(tmp_path, file_limit):
     target = tmp_path / "hf"
     export(target)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
-    file_limit(2000)
-    with pytest.raises(HfError, match=r"hf: could not be written: .*Nothing was left behind"):
+    with file_limit(2000), pytest.raises(HfError, match=r"hf: could not be written: .*Nothing was left behind"):
         export(target, overwrite=True)
     assert names(tmp_path) == ["hf"]
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
