@@ -3,6 +3,7 @@
     kardia demo configs/demo.py --seeds 3
 
 A 0.8 M parameter Qwen3 from random weights, the shipped synthetic dialogues, the embedded rule judge. No accelerator.
+Seed 0 went from reward 0.652 (sft) to 0.706 (grpo) in 859 s on 2 cores that also ran a test suite; see README.md.
 """
 
 import pathlib
