@@ -38,7 +38,7 @@ def get_config() -> Config:
         run=RunConfig(dir=pathlib.Path("runs/demo"), save_every=100),
         # A model without pre-training cannot follow instructions: the built-in prompt would cost half of the time.
         data=DataConfig(system_prompt=pathlib.Path(__file__).with_name("demo_system_prompt.txt")),
-        model=ModelConfig(source="demo-qwen3", remat="none", head_chunk=256),
+        model=ModelConfig(source="demo-qwen3", remat="none", head_chunk=256, unroll=2),
         sft=SftConfig(epochs=1.2, batch=4, optimizer=OptimizerConfig(learning_rate=1e-2, final_share=0.05)),
         grpo=GrpoConfig(
             steps=45,

@@ -27,7 +27,8 @@ Score = Callable[[Params, GroupBatch, Float[Array, ""]], tuple[Array, Array]]
 def compute_for(config: ModelConfig) -> Compute:
     """The compute settings of this machine: ``auto`` is float32 on CPU and bfloat16 elsewhere."""
     native = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return Compute(native if config.dtype == "auto" else config.dtype, config.remat, config.head_chunk)
+    dtype = native if config.dtype == "auto" else config.dtype
+    return Compute(dtype, config.remat, config.head_chunk, config.unroll)
 
 
 @functools.cache

@@ -87,9 +87,12 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, every block, or everything but the blocks' matrix products."""
     head_chunk: int = 1024
     """Completion tokens per slice of the LM head in the learner: memory is head_chunk x vocabulary floats."""
+    unroll: int = 1
+    """Blocks per trip of the scan over layers: more saves copies of activations and compiles longer."""
 
     def __post_init__(self) -> None:
         require(self.head_chunk >= 1, "model.head_chunk", "at least 1", self.head_chunk)
+        require(self.unroll >= 1, "model.unroll", "at least 1", self.unroll)
 
 
 @dataclass(frozen=True)

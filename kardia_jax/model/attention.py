@@ -27,8 +27,8 @@ MASKED = -1e30
 class Part(NamedTuple):
     """Attention over some of the keys."""
 
-    out: Float[Array, "B T H E"]
-    lse: Float[Array, "B T H"]
+    out: Float[Array, "B H T E"]
+    lse: Float[Array, "B H T"]
 
 
 class Scoring(NamedTuple):
@@ -40,30 +40,32 @@ class Scoring(NamedTuple):
 
 
 def attend(
-    q: Float[Array, "B T H E"],
-    k: Float[Array, "B S K E"],
-    v: Float[Array, "B S K E"],
+    q: Float[Array, "B H T E"],
+    k: Float[Array, "B K S E"],
+    v: Float[Array, "B K S E"],
     keep: Bool[Array, "#B #T S"],
     scoring: Scoring,
 ) -> Part:
-    """softmax(q·k scale) v over the kept keys, with grouped queries; scores and sums are float32."""
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("BTKQE,BSKE->BKQTS", grouped, k, preferred_element_type=jnp.float32) * scoring.scale
+    """softmax(q·k scale) v over the kept keys, with grouped queries; scores and sums are float32.
+
+    The Q queries that share a key head stand in one matrix, so each of the two products is one batched matmul.
+    """
+    batch, heads, length, dim = q.shape
+    kv_heads, size = k.shape[1:3]
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    scores = jnp.einsum("BKNE,BKSE->BKNS", grouped, k, preferred_element_type=jnp.float32) * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
-    scores = jnp.where(keep[:, None, None], scores, MASKED)
+    scores = jnp.where(keep[:, None], scores.reshape(batch, heads, length, size), MASKED)
     peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1)
-    out = jnp.einsum("BKQTS,BSKE->BTKQE", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = out / jnp.moveaxis(total, 3, 1)[..., None]
-    lse = jnp.moveaxis(jnp.log(total) + peak[..., 0], 3, 1)
-    return Part(out.reshape(q.shape), lse.reshape(batch, length, heads))
+    grouped = weights.astype(v.dtype).reshape(batch, kv_heads, -1, size)
+    out = jnp.einsum("BKNS,BKSE->BKNE", grouped, v, preferred_element_type=jnp.float32)
+    return Part(out.reshape(q.shape) / total[..., None], jnp.log(total) + peak[..., 0])
 
 
-def merge(parts: list[Part]) -> Float[Array, "B T H E"]:
+def merge(parts: list[Part]) -> Float[Array, "B H T E"]:
     """One softmax out of several: outputs weighted by exp(lse_i - max lse)."""
     peak = jax.lax.stop_gradient(jnp.stack([part.lse for part in parts]).max(0))
     weights = [jnp.exp(part.lse - peak)[..., None] for part in parts]
@@ -92,44 +94,54 @@ def in_window(
 
 
 def causal_attention(
-    q: Float[Array, "B S H E"],
-    k: Float[Array, "B S K E"],
-    v: Float[Array, "B S K E"],
+    q: Float[Array, "B H S E"],
+    k: Float[Array, "B K S E"],
+    v: Float[Array, "B K S E"],
     scoring: Scoring,
     window: int | None = None,
-) -> Float[Array, "B S H E"]:
+) -> Float[Array, "B H S E"]:
     """Attention of a prompt, or of any single row, to itself."""
-    positions = jnp.arange(q.shape[1])[None]
-    keep = causal(q.shape[1]) & in_window(positions, positions, window)
+    positions = jnp.arange(q.shape[2])[None]
+    keep = causal(q.shape[2]) & in_window(positions, positions, window)
     return attend(q, k, v, keep, scoring).out
 
 
 def group_attention(
-    q: Float[Array, "P G T H E"],
-    k: Float[Array, "P G N K E"],
-    v: Float[Array, "P G N K E"],
-    prompt_k: Float[Array, "P S K E"],
-    prompt_v: Float[Array, "P S K E"],
+    q: Float[Array, "P G H T E"],
+    k: Float[Array, "P G K N E"],
+    v: Float[Array, "P G K N E"],
+    prompt_k: Float[Array, "P K S E"],
+    prompt_v: Float[Array, "P K S E"],
     prompt_lengths: Int[Array, "P G"],
     own_keep: Bool[Array, "1 T N"],
     query_positions: Int[Array, " T"],
     scoring: Scoring,
     window: int | None = None,
-) -> Float[Array, "P G T H E"]:
+) -> Float[Array, "P G H T E"]:
     """Attention of G completions to their one prompt and each to its own past.
 
     Each completion continues its prompt after ``prompt_lengths`` tokens: the same number for samples of one question,
     different ones for the answers of one conversation. ``query_positions`` are counted from the completion's first
     token. In decode T is 1 while k and v are the whole buffer of N, of which ``own_keep`` keeps what has been written.
     """
-    prompts, group, length = q.shape[:3]
-    rows = prompts * group
+    prompts, group, _, length, _ = q.shape
+    size, own_size = prompt_k.shape[2], k.shape[3]
     positions = (prompt_lengths[..., None] + query_positions).reshape(prompts, -1)
-    keep = within(jnp.repeat(prompt_lengths, length, axis=1), prompt_k.shape[1])
-    keep = keep & in_window(positions, jnp.arange(prompt_k.shape[1])[None], window)
-    shared = attend(q.reshape(prompts, group * length, *q.shape[3:]), prompt_k, prompt_v, keep, scoring)
-    own_keep = own_keep & in_window(query_positions[None], jnp.arange(k.shape[2])[None], window)
-    own_q, own_k, own_v = (x.reshape(rows, *x.shape[2:]) for x in (q, k, v))
-    own = attend(own_q, own_k, own_v, own_keep, scoring)
-    shared = Part(shared.out.reshape(own.out.shape), shared.lse.reshape(own.lse.shape))
-    return merge([shared, own]).reshape(q.shape)
+    keep = within(jnp.repeat(prompt_lengths, length, axis=1), size)
+    keep = keep & in_window(positions, jnp.arange(size)[None], window)
+    shared = attend(_together(q), prompt_k, prompt_v, keep, scoring)
+    shared = Part(_apart(shared.out, group), _apart(shared.lse, group))
+    own_keep = own_keep & in_window(query_positions[None], jnp.arange(own_size)[None], window)
+    own = attend(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), own_keep, scoring)
+    own = Part(own.out.reshape(q.shape), own.lse.reshape(q.shape[:-1]))
+    return merge([shared, own])
+
+
+def _together(x: Float[Array, "P G H T E"]) -> Float[Array, "P H G*T E"]:
+    """The completions of a group as one row of queries."""
+    return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, x.shape[-1])
+
+
+def _apart(x: Float[Array, "P H G*T ..."], group: int) -> Float[Array, "P G H T ..."]:
+    """Undoes ``_together``."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], group, -1, *x.shape[3:]), 2, 1)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from kardia_jax.model.spec import ModelSpec
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""(q [..., H, E], k [..., K, E], v [..., K, E]) -> (out [..., H, E], kept), where kept goes back to the caller."""
+"""(q [..., H, T, E], k [..., K, T, E], v) -> (out [..., H, T, E], kept), where kept goes back to the caller."""
 
 Turn = tuple[Float[Array, "... E"], Float[Array, "... E"]]
 """Cosine and sine of every position, the pair's angle repeated in both halves."""
@@ -73,7 +73,9 @@ class Attention(nn.Module):
         if spec.qk_norm:
             q = RMSNorm(spec.norm_epsilon, name="q_norm")(q)
             k = RMSNorm(spec.norm_epsilon, name="k_norm")(k)
-        out, kept = attend(rotate(q, turn), rotate(k, turn), v)
+        # Heads before positions: both products of attention are then plain batched matmuls.
+        out, kept = attend(*(jnp.swapaxes(x, -3, -2) for x in (rotate(q, turn), rotate(k, turn), v)))
+        out = jnp.swapaxes(out, -3, -2)
         out = nn.DenseGeneral(spec.width, axis=(-2, -1), use_bias=False, dtype=x.dtype, name="o")(out.astype(x.dtype))
         return out, kept
 

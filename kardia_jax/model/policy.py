@@ -37,15 +37,17 @@ class Compute:
     """Recomputed in the backward pass: nothing, every block, or everything but products with weights."""
     head_chunk: int = 1024
     """Completion tokens per slice of the LM head."""
+    unroll: int = 1
+    """Blocks per trip of the scan over layers."""
 
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer while decoding."""
 
-    prompt_k: Float[Array, "P S K E"]
-    prompt_v: Float[Array, "P S K E"]
-    k: Float[Array, "P G T K E"]
-    v: Float[Array, "P G T K E"]
+    prompt_k: Float[Array, "P K S E"]
+    prompt_v: Float[Array, "P K S E"]
+    k: Float[Array, "P G K T E"]
+    v: Float[Array, "P G K T E"]
 
 
 def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
@@ -101,7 +103,7 @@ def logits(
 
 def prefill(
     spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "P S"], lengths: Int[Array, " P"]
-) -> tuple[Float[Array, "P D"], Float[Array, "L P S K E"], Float[Array, "L P S K E"]]:
+) -> tuple[Float[Array, "P D"], Float[Array, "L P K S E"], Float[Array, "L P K S E"]]:
     """Runs each prompt once: its last hidden state (after the final norm), keys and values of every layer."""
     x, (k, v) = _run_prompt(spec, compute, params, tokens)
     return _final_norm(spec, params, _at(x, lengths[:, None] - 1)[:, 0]), k, v
@@ -161,7 +163,7 @@ def group_hidden(
         return (prompt, completion), None
 
     start = _embed(params, prompt_tokens, compute), _embed(params, completion_tokens, compute)
-    (prompt, completion), _ = jax.lax.scan(_remat(block, compute), start, params["blocks"])
+    (prompt, completion), _ = jax.lax.scan(_remat(block, compute), start, params["blocks"], unroll=compute.unroll)
     first = _at(prompt, prompt_lengths - 1)
     return _final_norm(spec, params, jnp.concatenate([first[:, :, None], completion[:, :, :-1]], 2))
 
@@ -200,7 +202,8 @@ def _run_prompt(
     def block(x: Array, layer: Params) -> tuple[Array, tuple[Array, Array]]:
         return _apply(Block(spec), layer, x, turn, attend)
 
-    return jax.lax.scan(_remat(block, compute), _embed(params, tokens, compute), params["blocks"])
+    start = _embed(params, tokens, compute)
+    return jax.lax.scan(_remat(block, compute), start, params["blocks"], unroll=compute.unroll)
 
 
 def _attend_prompt(q: Array, k: Array, v: Array, scoring: Scoring) -> tuple[Array, tuple[Array, Array]]:
@@ -210,19 +213,20 @@ def _attend_prompt(q: Array, k: Array, v: Array, scoring: Scoring) -> tuple[Arra
 def _attend_group(
     q: Array, k: Array, v: Array, prompt_k: Array, prompt_v: Array, prompt_lengths: Array, scoring: Scoring
 ) -> tuple[Array, None]:
-    steps = jnp.arange(q.shape[2])
-    return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, causal(q.shape[2]), steps, scoring), None
+    length = q.shape[3]
+    steps = jnp.arange(length)
+    return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, causal(length), steps, scoring), None
 
 
 def _attend_decode(
     q: Array, k: Array, v: Array, cache: LayerCache, prompt_lengths: Array, position: Array, scoring: Scoring
 ) -> tuple[Array, LayerCache]:
-    at = (0, 0, position, 0, 0)
+    at = (0, 0, 0, position, 0)
     cache = cache._replace(
         k=jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
         v=jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
     )
-    written = (jnp.arange(cache.k.shape[2]) <= position)[None, None]
+    written = (jnp.arange(cache.k.shape[3]) <= position)[None, None]
     prompt = (cache.prompt_k, cache.prompt_v, prompt_lengths)
     out = group_attention(q, cache.k, cache.v, *prompt, written, position[None], scoring)
     return out, cache

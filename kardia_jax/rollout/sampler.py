@@ -88,15 +88,15 @@ def generate(
 def _start(
     spec: ModelSpec,
     compute: Compute,
-    prompt_k: Float[Array, "L P S K E"],
-    prompt_v: Float[Array, "L P S K E"],
+    prompt_k: Float[Array, "L P K S E"],
+    prompt_v: Float[Array, "L P K S E"],
     rows: tuple[int, ...],
     pad_id: Int[Array, ""],
     max_new_tokens: int,
 ) -> Decoding:
     """Nothing drawn yet; buffers are zeros, since a masked softmax over uninitialised memory leaks NaN."""
     shape = (*rows, max_new_tokens)
-    own = jnp.zeros((*shape, spec.kv_heads, spec.head_dim), compute.dtype)
+    own = jnp.zeros((*rows, spec.kv_heads, max_new_tokens, spec.head_dim), compute.dtype)
     return Decoding(
         position=jnp.int32(-1),
         token=jnp.zeros(rows, jnp.int32),

@@ -60,7 +60,7 @@ def test_group_attention_is_the_repeated_form(lengths, group, length, kv_heads, 
     prompt_k, prompt_v = rng.normal(size=(2, prompts, size, kv_heads, dim))
     rows = rng.integers(1, np.array(lengths)[:, None] + 1, (prompts, group))
     out = jax.jit(group_attention, static_argnums=(8, 9))(
-        *(jnp.asarray(x, jnp.float32) for x in (q, k, v, prompt_k, prompt_v)),
+        *(jnp.asarray(x.swapaxes(-3, -2), jnp.float32) for x in (q, k, v, prompt_k, prompt_v)),
         jnp.asarray(rows),
         causal(length),
         jnp.arange(length),
@@ -73,14 +73,14 @@ def test_group_attention_is_the_repeated_form(lengths, group, length, kv_heads, 
             keys = np.concatenate([prompt_k[p, :n], k[p, g]])
             values = np.concatenate([prompt_v[p, :n], v[p, g]])
             wanted = plain_attention(q[p, g], keys, values, 0.5, softcap, window)
-            np.testing.assert_allclose(out[p, g], wanted, atol=1e-5)
+            np.testing.assert_allclose(out[p, g].swapaxes(0, 1), wanted, atol=1e-5)
 
 
 def test_causal_attention_is_the_textbook():
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 1, 6, 2, 4)).astype(np.float32)
-    out = causal_attention(q, k, v, Scoring(0.3), window=3)
-    np.testing.assert_allclose(out[0], plain_attention(q[0], k[0], v[0], 0.3, None, 3), atol=TOLERANCE)
+    out = causal_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), Scoring(0.3), window=3)
+    np.testing.assert_allclose(out[0].swapaxes(0, 1), plain_attention(q[0], k[0], v[0], 0.3, None, 3), atol=TOLERANCE)
 
 
 def test_merging_parts_by_hand():
@@ -90,12 +90,12 @@ def test_merging_parts_by_hand():
 
 
 def test_a_part_without_keys_weighs_nothing_and_has_no_nan():
-    q, k, v = jnp.ones((3, 1, 2, 1, 4))
+    q, k, v = jnp.ones((3, 1, 1, 2, 4))
     full = attend(q, k, v, jnp.ones((1, 1, 2), bool), Scoring(1.0))
 
     def merged(q):
         empty = attend(q, k, v * 100, jnp.zeros((1, 1, 2), bool), Scoring(1.0))
-        assert empty.lse.shape == (1, 2, 1)
+        assert empty.lse.shape == (1, 1, 2)
         return merge([attend(q, k, v, jnp.ones((1, 1, 2), bool), Scoring(1.0)), empty]).sum()
 
     value, gradient = jax.value_and_grad(merged)(q)

@@ -95,7 +95,7 @@ def test_prefill_and_decode_walk_through_the_plain_logits():
     prompts, group, length = completion.shape
     lengths = rows[:, 0]
     hidden, k, v = policy.prefill(SMALL, COMPUTE, params, prompt, lengths)
-    own = jnp.zeros((prompts, group, length, SMALL.kv_heads, SMALL.head_dim))
+    own = jnp.zeros((prompts, group, SMALL.kv_heads, length, SMALL.head_dim))
     caches = [LayerCache(k[i], v[i], own, own) for i in range(SMALL.layers)]
     layers = policy.layer_slices(SMALL, params, "float32")
     table = policy.head_table(params)
