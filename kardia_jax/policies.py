@@ -14,7 +14,6 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kardia_jax.config import ConfigError, ModelConfig
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.dialogue.spans import END_TAG, TAGS
-from kardia_jax.hf.read import load_params
+from kardia_jax.hf.read import load_arrays
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.policy import init
 from kardia_jax.model.shapes import named_shape
@@ -136,8 +135,7 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     spec = ModelSpec.from_hf(_read_json(folder / "config.json"))
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if has_tokenizer else config.tokenizer)
-    params = jax.tree.map(jnp.asarray, load_params(folder, spec))
-    return _assembled(spec, params, tokenizer, _generation_ends(folder))
+    return _assembled(spec, load_arrays(folder, spec), tokenizer, _generation_ends(folder))
 
 
 def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Policy:
