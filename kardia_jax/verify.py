@@ -158,18 +158,17 @@ def _in_transformers(
         import torch
     except ImportError as error:
         raise HfError("against: transformers needs PyTorch, which is not installed. pip install torch") from error
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, attn_implementation="eager").eval()
+    # The model's own settings may penalise repetition, which is not greedy; and its padding rows are no tokens.
+    padding = list(range(size, model.config.vocab_size)) or None
+    stops = {"eos_token_id": list(ends) or None, "pad_token_id": ends[0] if ends else 0, "suppress_tokens": padding}
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, **stops)
 
     def greedy(row: list[int]) -> list[int]:
-        said: list[int] = []
-        step, past = torch.tensor([row]), None
-        while len(said) < new_tokens and not (said and said[-1] in ends):
-            out = model(step, past_key_values=past, use_cache=True)
-            said.append(int(out.logits[0, -1, :size].argmax()))
-            step, past = torch.tensor([said[-1:]]), out.past_key_values
-        return said
+        prompt = torch.tensor([row])
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt))[0, len(row) :].tolist()
 
     with torch.no_grad():
         return Answers([model(torch.tensor([row])).logits[0].numpy() for row in rows], [greedy(row) for row in rows])

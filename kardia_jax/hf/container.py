@@ -30,7 +30,7 @@ CODES: dict[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "
 """Type in a header -> NumPy's name."""
 LENGTH_BYTES = 8
 ALIGNMENT = 8
-SLAB = 1 << 22
+SLAB = 1 << 18
 """Numbers that are converted, checked and written at once."""
 
 OnBadNumber = Callable[[str, bool], None]

@@ -52,7 +52,7 @@ SHOWN = 8
 """Problems of one kind that an error lists by name."""
 TILE = 128
 """Rows and columns of a transposed copy that are done together: cache lines are then used before they are lost."""
-SCAN = 1 << 22
+SCAN = 1 << 18
 """Numbers that are looked at together for NaN."""
 
 
