@@ -242,8 +242,16 @@ def _export(arguments: list[str]) -> None:
     args = tyro.cli(ExportArgs, prog="kardia export", args=arguments)
     from kardia_jax.export import export
 
-    written = {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "overwrite": args.overwrite}
-    address = export(args.source, args.target, **written, results=args.results, licence=args.licence, push=args.push)
+    address = export(
+        args.source,
+        args.target,
+        args.dtype,
+        args.max_shard_size,
+        args.overwrite,
+        args.results,
+        args.licence,
+        args.push,
+    )
     print(f"exported to {args.target}" + (f" and {address}" if address else ""))
 
 

@@ -274,7 +274,8 @@ def test_the_way_of_a_checkpoint(checkpoint_dir, refused, capsys, tmp_path):
     assert main(["verify", str(checkpoint_dir), target, "--new-tokens", "4", "--prompts", "2"]) == 1
     assert "NOT the same" in capsys.readouterr().out
     assert "got one in use" in refused("import", str(checkpoint_dir), inside)
-    assert "apart from the source" in refused("export", inside, inside, "--overwrite")
+    assert "does not hold the source" in refused("export", inside, inside, "--overwrite")
+    assert "apart from the source" in refused("export", inside, inside + "/out")
     assert "max_shard_size: wanted a size such as 5GB" in refused(
         "export", inside, target + "2", "--max-shard-size", "5"
     )
