@@ -155,7 +155,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping and a schedule, by optax."""
+    """AdamW, or Muon for matrices beside it, with clipping and a schedule, by optax."""
 
     learning_rate: float = 1e-6
     """Peak learning rate."""
@@ -177,10 +177,14 @@ class OptimizerConfig:
     """Global gradient norm above which the gradient is scaled down; 0 never clips."""
     max_bad_steps: int = 5
     """Updates in a row with a gradient that is not finite before the run stops."""
+    muon_learning_rate: float | None = None
+    """Peak learning rate of Muon, which then trains the blocks' matrices and leaves the rest to Adam; none is off."""
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
         require(rate >= 0, "optimizer.learning_rate", "0 or more", rate)
+        muon = self.muon_learning_rate
+        require(muon is None or muon >= 0, "optimizer.muon_learning_rate", "none, 0 or more", muon)
         for name in ("warmup_share", "final_share"):
             require(0 <= getattr(self, name) <= 1, f"optimizer.{name}", "a share in [0, 1]", getattr(self, name))
         for name in ("beta1", "beta2"):
@@ -201,11 +205,14 @@ class SftConfig:
     """Conversations in one update; each brings one example per assistant turn, and all share its prompt."""
     micro_batches: int = 1
     """Slices of a batch whose gradients are added before the update; lowers memory, changes nothing else."""
+    length_window: int = 16
+    """Batches drawn together, so that conversations of like length share one and less is padded; 1 is off."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "sft.epochs", "more than 0", self.epochs)
         require(self.batch >= 1, "sft.batch", "at least 1", self.batch)
+        require(self.length_window >= 1, "sft.length_window", "at least 1", self.length_window)
         _check_split("sft", self.batch, self.micro_batches)
 
 

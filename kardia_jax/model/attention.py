@@ -132,7 +132,8 @@ def group_attention(
     shared = attend(_together(q), prompt_k, prompt_v, keep, scoring)
     shared = Part(_apart(shared.out, group), _apart(shared.lse, group))
     own_keep = own_keep & in_window(query_positions[None], jnp.arange(own_size)[None], window)
-    own = attend(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), own_keep, scoring)
+    own_q, own_k, own_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    own = attend(own_q, own_k, own_v, own_keep, scoring)
     own = Part(own.out.reshape(q.shape), own.lse.reshape(q.shape[:-1]))
     return merge([shared, own])
 
