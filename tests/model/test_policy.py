@@ -55,17 +55,13 @@ def plain_logits(spec, params, rows):
 def repeated_logprobs(spec, params, prompt_tokens, prompt_lengths, completion_tokens, temperature):
     """Every completion as a row of its own, behind its own copy of the prompt."""
     prompts, group, length = completion_tokens.shape
-    rows = []
+    places = [(p, g, int(prompt_lengths[p, g])) for p in range(prompts) for g in range(group)]
+    rows = [jnp.concatenate([prompt_tokens[p, :n], completion_tokens[p, g]]) for p, g, n in places]
     size = int(prompt_lengths.max()) + length
-    for p in range(prompts):
-        for g in range(group):
-            n = int(prompt_lengths[p, g])
-            row = jnp.concatenate([prompt_tokens[p, :n], completion_tokens[p, g]])
-            row = jnp.pad(row, (0, size - n - length))[None]
-            z = plain_logits(spec, params, row)[0, n - 1 : n + length - 1]
-            logp = jax.nn.log_softmax(z / temperature, -1)
-            rows.append(jnp.take_along_axis(logp, completion_tokens[p, g][:, None], 1)[:, 0])
-    return jnp.stack(rows).reshape(completion_tokens.shape)
+    z = plain_logits(spec, params, jnp.stack([jnp.pad(row, (0, size - row.size)) for row in rows]))
+    z = jnp.stack([z[i, n - 1 : n + length - 1] for i, (_, _, n) in enumerate(places)])
+    logp = jax.nn.log_softmax(z / temperature, -1).reshape(*completion_tokens.shape, -1)
+    return jnp.take_along_axis(logp, completion_tokens[..., None], -1)[..., 0]
 
 
 def batch(spec, lengths=((9, 9, 9), (4, 2, 7)), size=9, length=5):
