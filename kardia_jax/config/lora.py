@@ -41,6 +41,13 @@ class LoraConfig:
         require(0 <= self.dropout < 1, "model.lora.dropout", "a share in [0, 1)", self.dropout)
         check_targets(self.targets, "model.lora.targets")
 
+    def check_used(self) -> None:
+        """Refuses settings for an adapter that is not asked for: they would be passed over without a word."""
+        default = (LoraConfig.alpha, LoraConfig.targets, LoraConfig.dropout, LoraConfig.scaling)
+        unused = (self.alpha, self.targets, self.dropout, self.scaling) == default
+        fix = "Set it, or leave the other fields of model.lora as they are."
+        require(self.rank > 0 or unused, "model.lora.rank", "at least 1 with settings for an adapter", self.rank, fix)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The chosen layers in the order of a block, ``all-linear`` written out."""

@@ -299,6 +299,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self.model.lora.check_used()
         least, group = self.judge.min_valid, self.grpo.group
         require(
             least <= group, "judge.min_valid", f"at most grpo.group = {group}", least, "Every group would be left out."
