@@ -146,18 +146,25 @@ def read_config(found: Mapping[str, Any]) -> LoraConfig:
                 raise ConfigError(name, wanted, value, "Other kinds of adapter are not supported.")
         elif name not in (*READ, *WITHOUT_EFFECT) and value:
             raise ConfigError(name, "null, false or empty", value, "It is not supported here; merge with PEFT instead.")
-    targets = found.get("target_modules")
-    listed = (targets,) if targets == ALL else tuple(targets) if isinstance(targets, list) else ()
-    if not listed or not isinstance(found.get("r"), int):
-        raise ConfigError("r, target_modules", "a rank and a list of layers", (found.get("r"), targets))
-    check_targets(listed, "target_modules")
+    targets = _targets(found.get("target_modules"))
+    if not targets or not isinstance(found.get("r"), int):
+        came = (found.get("r"), found.get("target_modules"))
+        raise ConfigError("r, target_modules", "a rank and a list of layers", came)
+    check_targets(targets, "target_modules")
     return LoraConfig(
         rank=found["r"],
         alpha=float(found.get("lora_alpha", 8)),
-        targets=tuple(sorted(listed)),
+        targets=targets,
         dropout=float(found.get("lora_dropout", 0.0)),
         scaling="rslora" if found.get("use_rslora") else "standard",
     )
+
+
+def _targets(found: Any) -> tuple[str, ...]:
+    """Kinds of layers, sorted. PEFT may list each by its whole path, ``model.layers.0.mlp.up_proj``: a list that leaves
+    out a layer shows in the tensors."""
+    names = found if isinstance(found, list) else [found] if found == ALL else []
+    return tuple(sorted({str(name).rsplit(".", 1)[-1] for name in names}))
 
 
 def written_config(lora: LoraConfig, base: str) -> dict[str, Any]:
