@@ -25,7 +25,6 @@ from safetensors.numpy import load_file, save_file
 from kardia_jax.config import ConfigError, LoraConfig
 from kardia_jax.config.lora import ALL, check_targets
 from kardia_jax.hf.tables import HfError, Rule, Sizes, from_hf, hf_shape, leaf, nested, rules, shape, sizes, to_hf
-from kardia_jax.hf.write import take_name
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -116,12 +115,22 @@ def save_adapter(dir: pathlib.Path, lora: LoraConfig, adapter: Params, spec: Mod
         content = json.dumps(written_config(lora, base), indent=2, sort_keys=True)
         (partial / CONFIG).write_text(content + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
-        take_name(partial, dir)
+        _take_name(partial, dir)
     except (OSError, SafetensorError) as error:
         fix = "Free some space, or choose another folder."
         raise HfError(f"{dir}: could not be written: {error}. Nothing was left behind. {fix}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_name(partial: pathlib.Path, dir: pathlib.Path) -> None:
+    """Rename; an older adapter steps aside first."""
+    aside = dir.with_name(f".{dir.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if dir.exists():
+        dir.rename(aside)
+    partial.rename(dir)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def adapter_tensors(lora: LoraConfig, adapter: Params, spec: ModelSpec) -> dict[str, np.ndarray]:

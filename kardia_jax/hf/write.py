@@ -70,7 +70,7 @@ def save_directory(
         _write_configs(partial, spec, tokenizer, stop_ids, dtype)
         tokenizer.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
-        take_name(partial, dir)
+        _take_name(partial, dir)
     except (OSError, SafetensorError) as error:
         fix = "Free some space, or choose another folder."
         raise HfError(f"{dir}: could not be written: {error}. Nothing was left behind. {fix}") from error
@@ -158,7 +158,7 @@ def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def take_name(partial: pathlib.Path, dir: pathlib.Path) -> None:
+def _take_name(partial: pathlib.Path, dir: pathlib.Path) -> None:
     """Rename; an older export steps aside first and comes back if the rename fails."""
     if not dir.exists():
         partial.rename(dir)
