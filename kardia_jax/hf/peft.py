@@ -146,8 +146,10 @@ def adapter_tensors(lora: LoraConfig, adapter: Params, spec: ModelSpec) -> dict[
     return out
 
 
-def read_config(found: Mapping[str, Any]) -> LoraConfig:
+def read_config(found: Any) -> LoraConfig:
     """The settings that ``adapter_config.json`` names. Raises ConfigError for any that would mean something else."""
+    if not isinstance(found, dict):
+        raise ConfigError(CONFIG, "a JSON object", type(found).__name__)
     for name, value in found.items():
         if name in ONLY:
             wanted = " or ".join(json.dumps(one) for one in ONLY[name])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -127,6 +128,18 @@ def test_an_adapter_of_pefts_computes_the_same_here(family, settings, base_of, t
     np.testing.assert_allclose(our_logits(base, lora, adapter), torch_logits(model), atol=LOGIT_TOLERANCE)
 
 
+def test_a_half_precision_adapter_becomes_float32(base_of, tmp_path):
+    base = base_of("qwen3")
+    save_adapter(tmp_path / "adapter", ALL, ours(base, ALL), spec_of(base), "base", "# card")
+    file = tmp_path / "adapter" / WEIGHTS
+    halves = {name: tensor.to(torch.bfloat16) for name, tensor in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(halves, file)
+    _, loaded = load_adapter(tmp_path / "adapter", spec_of(base))
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), ours(base, ALL))
+    jax.tree.map(np.testing.assert_array_equal, loaded, rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.float32)}
+
+
 @pytest.mark.parametrize("lora", [ALL, SOME], ids=["all", "some"])
 def test_saved_loaded_and_saved_again_is_byte_equal(lora, base_of, tmp_path):
     base = base_of("qwen3")
@@ -182,6 +195,11 @@ def test_what_would_mean_something_else_is_refused_by_name(name, value):
     assert read_config(GOOD).rank == 4
     with pytest.raises(ConfigError, match=rf"^{name}: wanted "):
         read_config({**GOOD, name: value})
+
+
+def test_a_config_that_is_no_object_is_refused():
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: wanted a JSON object, got 'list'"):
+        read_config([GOOD])
 
 
 @pytest.mark.parametrize("change", [{"r": None}, {"target_modules": None}, {"target_modules": "q_.*"}])
