@@ -54,6 +54,8 @@ class ExportArgs:
     """Type of the exported weights."""
     overwrite: bool = False
     """Replace a folder that holds a model."""
+    adapter: pathlib.Path | None = None
+    """Folder for the LoRA adapter alone, as PEFT reads it; TARGET holds the merged model either way."""
 
 
 @dataclass(frozen=True)
@@ -146,24 +148,24 @@ def _demo(arguments: list[str]) -> None:
 
 def _sft(arguments: list[str]) -> None:
     config = read_config("sft", arguments)
-    from kardia_jax.export import export_policy
+    from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
     from kardia_jax.sft import train_sft
 
     policy = train_sft(config, load_policy(config.model, config.run.seed))
-    export_policy(config, policy, "sft", config.run.dir / "hf", overwrite=True)
+    export_final(config, policy, "sft")
 
 
 def _grpo(arguments: list[str]) -> None:
     config = read_config("grpo", arguments)
-    from kardia_jax.export import export_policy
+    from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
     from kardia_jax.scoring import make_grader
     from kardia_jax.train import train_grpo
 
     policy = load_policy(config.model, config.run.seed)
     policy = train_grpo(config, policy, make_grader(config.judge, config.rewards))
-    export_policy(config, policy, "grpo", config.run.dir / "hf", overwrite=True)
+    export_final(config, policy, "grpo")
 
 
 def _eval(arguments: list[str]) -> None:
@@ -177,7 +179,7 @@ def _export(arguments: list[str]) -> None:
     args = tyro.cli(ExportArgs, prog="kardia export", args=arguments)
     from kardia_jax.export import export_run
 
-    export_run(args.run, args.target, args.dtype, args.overwrite)
+    export_run(args.run, args.target, args.dtype, args.overwrite, args.adapter)
 
 
 def _doctor(arguments: list[str]) -> None:

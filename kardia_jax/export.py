@@ -12,13 +12,26 @@ from kardia_jax.config import Config, ConfigError, OptimizerConfig, flat, from_j
 from kardia_jax.grpo.optimizer import make_optimizer
 from kardia_jax.grpo.update import init_state
 from kardia_jax.hf.card import Card, model_card
+from kardia_jax.hf.peft import save_adapter
 from kardia_jax.hf.write import save_directory
+from kardia_jax.model.lora import merged_model
 from kardia_jax.observe.intervals import Interval
 from kardia_jax.policies import Policy, load_policy
 
 Verb = Literal["sft", "grpo"]
 Results = Mapping[str, Mapping[str, Interval]]
 
+ADAPTER_CARD = """\
+---
+library_name: peft
+tags:
+- empathetic-dialogue
+---
+# LoRA adapter
+
+Trained with kardia_jax over `{base}`, for `peft.PeftModel.from_pretrained`. The eight span tags must be tokens of the
+base; where they were added for training, load the adapter over a base that has them, or use the merged model instead.
+"""
 DATA = {"mini": "The mini set of kardia_jax: synthetic dialogues made by a seeded generator, for tests and demos only."}
 
 
@@ -31,7 +44,7 @@ def export_policy(
     dtype: Literal["float32", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Writes weights, configs, tokenizer and card; complete or not at all."""
+    """Writes weights, an adapter merged into them, configs, tokenizer and card; complete or not at all."""
     base = config.model.source
     card = Card(
         name=target.name,
@@ -42,7 +55,7 @@ def export_policy(
     )
     save_directory(
         target,
-        jax.device_get(policy.params),
+        jax.device_get(merged_model(policy.full())),
         policy.spec,
         policy.tokenizer,
         policy.end_ids,
@@ -52,16 +65,38 @@ def export_policy(
     )
 
 
+def export_final(config: Config, policy: Policy, verb: Verb) -> None:
+    """What a finished run leaves in its folder: ``hf``, and ``adapter`` beside it where one was trained."""
+    export_policy(config, policy, verb, config.run.dir / "hf", overwrite=True)
+    if policy.lora.rank:
+        export_adapter(config, policy, config.run.dir / "adapter")
+
+
+def export_adapter(config: Config, policy: Policy, target: pathlib.Path) -> None:
+    """The adapter alone, as PEFT reads it. Raises ConfigError for a policy that was trained whole."""
+    if not policy.lora.rank:
+        raise ConfigError("adapter", "a run with model.lora.rank above 0", 0, "Export the model itself.")
+    base = config.model.source
+    save_adapter(target, policy.lora, jax.device_get(policy.params), policy.spec, base, ADAPTER_CARD.format(base=base))
+
+
 def export_run(
-    folder: pathlib.Path, target: pathlib.Path, dtype: Literal["float32", "bfloat16"], overwrite: bool
+    folder: pathlib.Path,
+    target: pathlib.Path,
+    dtype: Literal["float32", "bfloat16"],
+    overwrite: bool,
+    adapter: pathlib.Path | None = None,
 ) -> None:
-    """Writes the policy of a run's newest checkpoint; the run's own files say what it is."""
+    """Writes the policy of a run's newest checkpoint, and its adapter if asked; the run's own files say what it is."""
     files = (folder / "verb.json", folder / "config.json")
     if not all(file.is_file() for file in files):
         fix = "Give the run.dir of a `kardia sft` or `kardia grpo` run."
         raise ConfigError("run", "a run folder with verb.json and config.json", str(folder), fix)
     verb, config = json.loads(files[0].read_text("utf-8"))["verb"], from_json(files[1].read_text("utf-8"))
-    export_policy(config, _restored(config, verb, folder), verb, target, dtype=dtype, overwrite=overwrite)
+    policy = _restored(config, verb, folder)
+    if adapter is not None:
+        export_adapter(config, policy, adapter)
+    export_policy(config, policy, verb, target, dtype=dtype, overwrite=overwrite)
 
 
 def _restored(config: Config, verb: Verb, folder: pathlib.Path) -> Policy:

@@ -50,6 +50,8 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         optimizer,
         temperature=1.0,
         micro_batches=config.sft.micro_batches,
+        lora=policy.lora,
+        seed=config.run.seed,
     )
 
     # ---- Loop
@@ -61,7 +63,7 @@ def train_sft(config: Config, policy: Policy) -> Policy:
             with run.timer.phase("batch"):
                 batch = sft_batch(order[step], policy.pad_id)
             with run.timer.phase("update"):
-                state, means = update(state, batch)
+                state, means = update(state, batch, policy.frozen)
                 metrics = values(to_host(means))
             check_progress(state, config.sft.optimizer.max_bad_steps, "sft.optimizer")
             tokens = float(batch.prompt_lengths.max(1).sum() + batch.completion_lengths.sum())

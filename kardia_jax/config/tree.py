@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kardia_jax.config.errors import check_choices, require
+from kardia_jax.config.lora import LoraConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 
 
@@ -89,8 +90,15 @@ class ModelConfig:
     """Completion tokens per slice of the LM head in the learner: memory is head_chunk x vocabulary floats."""
     unroll: int = 1
     """Blocks per trip of the scan over layers: more saves copies of activations and compiles longer."""
+    adapter: pathlib.Path | None = None
+    """PEFT directory of a LoRA adapter to go on from; its own config names rank, alpha, targets and dropout."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        fix = "Leave it out: the adapter's own config names rank, alpha, targets and dropout."
+        require(
+            self.adapter is None or self.lora.rank == 0, "model.lora.rank", "0 with model.adapter", self.lora.rank, fix
+        )
         require(self.head_chunk >= 1, "model.head_chunk", "at least 1", self.head_chunk)
         require(self.unroll >= 1, "model.unroll", "at least 1", self.unroll)
 
@@ -298,6 +306,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self.model.lora.check_used()
         least, group = self.judge.min_valid, self.grpo.group
         require(
             least <= group, "judge.min_valid", f"at most grpo.group = {group}", least, "Every group would be left out."

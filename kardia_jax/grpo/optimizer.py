@@ -26,8 +26,9 @@ def learning_rate(config: OptimizerConfig, updates: int) -> optax.Schedule:
 
 
 def decayed(params: Params) -> Params:
-    """True where weight decay applies: kernels and embeddings, not norms and biases."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    """True where weight decay applies: kernels, embeddings and adapters, not norms and biases."""
+    names = ("kernel", "embedding", "lora_a", "lora_b")
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in names, params)
 
 
 def matrices(params: optax.Params) -> optax.Params:
