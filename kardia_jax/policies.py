@@ -15,7 +15,6 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -24,7 +23,7 @@ from kardia_jax.config import FULL, ConfigError, LoraConfig, ModelConfig
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.dialogue.spans import END_TAG, TAGS
 from kardia_jax.hf.peft import load_adapter
-from kardia_jax.hf.read import load_params
+from kardia_jax.hf.read import load_arrays
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.lora import init_adapter, joined, merged_model
 from kardia_jax.model.policy import init
@@ -182,8 +181,7 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     spec = ModelSpec.from_hf(_read_json(folder / "config.json"))
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if has_tokenizer else config.tokenizer)
-    params = jax.tree.map(jnp.asarray, load_params(folder, spec))
-    return _assembled(spec, params, tokenizer, _generation_ends(folder))
+    return _assembled(spec, load_arrays(folder, spec), tokenizer, _generation_ends(folder))
 
 
 def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Policy:

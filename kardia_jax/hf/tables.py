@@ -183,7 +183,7 @@ def leaf(params: Params, path: str) -> Any:
     return node
 
 
-def nested(leaves: dict[str, np.ndarray]) -> Params:
+def nested(leaves: dict[str, Any]) -> Params:
     """Arrays by dotted path, as the nested dict that the model reads."""
     params: Params = {}
     for path, array in leaves.items():
