@@ -8,8 +8,10 @@ In: ``Contents`` of a file. Out: the fast tokenizer that ``AutoTokenizer.from_pr
 transformers' own way in needs torch, because its file reader does; the conversion alone does not.
 """
 
+import json
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_PRE_TOKENIZER_SPLITS,
@@ -49,7 +51,19 @@ def tokenizer_of(held: Contents) -> PreTrainedTokenizerBase:
     if parts["tokenizer_type"] == "llama":
         # Files from before the flag: llama.cpp begins every SentencePiece text with BOS.
         settings.setdefault("add_bos_token", True)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+    return PreTrainedTokenizerFast(tokenizer_object=_only_of_the_file(backend, len(parts["tokens"])), **settings)
+
+
+def _only_of_the_file(backend: Tokenizer, count: int) -> Tokenizer:
+    """Without tokens from id ``count`` on: the classes of transformers bring defaults of their own.
+
+    GPT-2's ``<|endoftext|>`` would be one more token than Llama 3 has rows for.
+    """
+    if backend.get_vocab_size(with_added_tokens=True) <= count:
+        return backend
+    described = json.loads(backend.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < count]
+    return Tokenizer.from_str(json.dumps(described))
 
 
 def _renamed(held: Contents, group: str) -> dict[str, Any]:
