@@ -28,7 +28,7 @@ def test_values_and_gradients_are_those_of_the_whole_table(chunk, sampled):
     weights, entropy_weights = jnp.asarray(RNG.normal(size=(2, 11)), jnp.float32)
 
     def ours(hidden, table):
-        logprobs, entropy = token_logprobs(hidden, table, TOKENS, KEEP, jnp.float32(0.8), sampled, chunk)
+        logprobs, entropy = token_logprobs(hidden, table, TOKENS, KEEP, jnp.float32(0.8), sampled, chunk, None)
         return (weights * logprobs + entropy_weights * entropy).sum(), (logprobs, entropy)
 
     def theirs(hidden, table):
@@ -44,17 +44,17 @@ def test_values_and_gradients_are_those_of_the_whole_table(chunk, sampled):
 def test_by_hand():
     # Two tokens, logits (0, log 3): probabilities 1/4 and 3/4.
     logprobs, entropy = token_logprobs(
-        jnp.ones((1, 1)), jnp.array([[0.0], [np.log(3)]]), jnp.array([1]), jnp.array([True]), jnp.float32(1), 2, 8
+        jnp.ones((1, 1)), jnp.array([[0.0], [np.log(3)]]), jnp.array([1]), jnp.array([True]), jnp.float32(1), 2, 8, None
     )
     assert float(logprobs[0]) == pytest.approx(np.log(0.75), abs=1e-6)
     assert float(entropy[0]) == pytest.approx(-(0.25 * np.log(0.25) + 0.75 * np.log(0.75)), abs=1e-6)
 
 
 def test_padding_rows_are_minus_infinity_and_get_no_gradient():
-    assert jnp.isneginf(sampled_logits(HIDDEN, TABLE, 20)[:, 20:]).all()
+    assert jnp.isneginf(sampled_logits(HIDDEN, TABLE, 20, None)[:, 20:]).all()
 
     def loss(table):
-        return token_logprobs(HIDDEN, table, TOKENS, KEEP, jnp.float32(1), 20, 4)[0].sum()
+        return token_logprobs(HIDDEN, table, TOKENS, KEEP, jnp.float32(1), 20, 4, None)[0].sum()
 
     gradient = jax.grad(loss)(TABLE)
     assert (gradient[20:] == 0).all()
@@ -65,7 +65,7 @@ def test_table_gradient_is_summed_in_float32_over_bfloat16_slices():
     tokens = jnp.zeros(512, int)
     hidden = jnp.full((512, 1), 1.0, jnp.bfloat16)
     table = jnp.array([[0.0], [0.0]])
-    gradient = jax.grad(lambda w: token_logprobs(hidden, w, tokens, tokens == 0, jnp.float32(1), 2, 1)[0].sum())(table)
+    gradient = jax.grad(lambda w: token_logprobs(hidden, w, tokens, tokens == 0, jnp.float32(1), 2, 1, None)[0].sum())(table)
     # 512 slices of 1/2 each; adding them in bfloat16 would stall at 128.
     np.testing.assert_allclose(gradient, [[256.0], [-256.0]])
 
@@ -80,7 +80,7 @@ def test_no_array_of_tokens_by_vocabulary_in_the_compiled_gradient():
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradient(hidden, table):
         return token_logprobs(
-            hidden, table, jnp.zeros(tokens, int), jnp.ones(tokens, bool), jnp.float32(1), vocabulary, chunk
+            hidden, table, jnp.zeros(tokens, int), jnp.ones(tokens, bool), jnp.float32(1), vocabulary, chunk, None
         )[0].sum()
 
     memory = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
