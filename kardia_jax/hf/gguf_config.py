@@ -14,7 +14,7 @@ import numpy as np
 from kardia_jax.hf.gguf_file import AGAIN, Contents, dequantised, listed
 from kardia_jax.hf.gguf_names import ARCHITECTURES, EMBED, HEAD, ROPE_FACTORS, Architecture
 from kardia_jax.hf.tables import HfError
-from kardia_jax.model.spec import RopeSpec
+from kardia_jax.model.rope import RopeSpec
 
 KNOWN = (
     *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
