@@ -14,17 +14,17 @@ Architectures: llama, qwen2, qwen3, gemma3. Types: ``gguf_file.TYPES``. Everythi
 
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from kardia_jax.hf.gguf_config import ORIGINAL, architecture_of, config_of, head_count, kv_head_count
 from kardia_jax.hf.gguf_file import Contents, Stored, dequantised, is_gguf, listed, read, require_types
 from kardia_jax.hf.gguf_names import ROPE_FACTORS, hf_name, hf_values
-from kardia_jax.hf.gguf_tokenizer import tokenizer_of
-from kardia_jax.hf.read import Found
-from kardia_jax.hf.tables import HfError
+from kardia_jax.hf.tables import Found, HfError
+
+if TYPE_CHECKING:  # transformers takes a second to import and is only named here
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["config", "inspect", "is_gguf", "tensors", "tokenizer"]
 
@@ -56,8 +56,10 @@ def tensors(path: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str, np.
         yield name, hf_values(row, tensor.name, dequantised(tensor), heads, kv_heads)
 
 
-def tokenizer(path: pathlib.Path) -> PreTrainedTokenizerBase:
+def tokenizer(path: pathlib.Path) -> "PreTrainedTokenizerBase":
     """The tokenizer and chat template of the file."""
+    from kardia_jax.hf.gguf_tokenizer import tokenizer_of
+
     return tokenizer_of(read(path))
 
 

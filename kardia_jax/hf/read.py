@@ -14,7 +14,7 @@ import json
 import pathlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,7 @@ from kardia_jax.hf.tables import (
     EMBED,
     HEAD,
     Entry,
+    Found,
     HfError,
     entries,
     from_hf,
@@ -43,15 +44,6 @@ SHOWN = 8
 """Problems of one kind that an error lists by name."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Found(NamedTuple):
-    """A tensor as the header of its file describes it."""
-
-    name: str
-    file: pathlib.Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def load_params(dir: pathlib.Path, spec: ModelSpec, dtype: Dtype = "float32") -> Params:
