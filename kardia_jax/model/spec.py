@@ -230,8 +230,9 @@ def _softcap(traits: Traits, config: Mapping[str, Any], name: str) -> float | No
 
 def _layers_from_hf(traits: Traits, config: Mapping[str, Any]) -> dict[str, Any]:
     """``layer_types`` and ``window``; a model whose layers are all full has neither."""
-    kinds = config.get("layer_types") or traits.layer_types(config["num_hidden_layers"], config)
-    if set(kinds) == {"full_attention"}:
+    layers = config["num_hidden_layers"]
+    kinds = config.get("layer_types") or traits.layer_types(layers, config)
+    if list(kinds) == ["full_attention"] * layers:
         return {}
     return {"layer_types": tuple(kinds), "window": config.get("sliding_window")}
 

@@ -99,8 +99,13 @@ def random_model(case: str, tied: bool) -> torch.nn.Module:
     return model
 
 
-# Models this small lose more to torch's threads than they win.
-torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Models this small lose more to torch's threads than they win."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
