@@ -99,20 +99,27 @@ def _family(held: Contents, row: Architecture, head_dim: int) -> dict[str, Any]:
 def _gemma3(held: Contents, row: Architecture, head_dim: int) -> dict[str, Any]:
     layers, width = _whole(held, row, "block_count"), _whole(held, row, "embedding_length")
     window = held.metadata.get("gemma3.attention.sliding_window") or None
-    pattern = _whole(held, row, "attention.sliding_window_pattern", SLIDING_PATTERN)
+    slides = _sliding(held, row, layers) if window else [False] * layers
     local = {"rope_type": "default", "rope_theta": _number(held, row, "rope.freq_base_swa", LOCAL_THETA)}
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "query_pre_attn_scalar": width // head_count(held, row) if layers == LAYERS_27B else head_dim,
         "sliding_window": window,
-        "layer_types": [
-            "sliding_attention" if window and (layer + 1) % pattern else "full_attention" for layer in range(layers)
-        ],
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
         "rope_parameters": {"full_attention": _rope(held, row, head_dim), "sliding_attention": local},
         "attn_logit_softcapping": None,
         "final_logit_softcapping": held.metadata.get("gemma3.final_logit_softcapping") or None,
     }
+
+
+def _sliding(held: Contents, row: Architecture, layers: int) -> list[bool]:
+    """Which layers see the window alone: as the file lists them, or all but every n-th."""
+    pattern = held.metadata.get("gemma3.attention.sliding_window_pattern", SLIDING_PATTERN)
+    if isinstance(pattern, list) and len(pattern) == layers:
+        return [bool(slides) for slides in pattern]
+    every = _whole(held, row, "attention.sliding_window_pattern", SLIDING_PATTERN)
+    return [bool((layer + 1) % every) for layer in range(layers)]
 
 
 def _rope(held: Contents, row: Architecture, head_dim: int) -> dict[str, Any]:

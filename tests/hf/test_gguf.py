@@ -174,6 +174,16 @@ def test_linear_scaling_is_for_the_full_layers_of_gemma(write_gguf):
     np.testing.assert_allclose(logits(rebuilt(written.file)), logits(written.model), rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "full"), [(3, [2, 5]), ([True, False, True, True, True, False, True], [1, 5]), (1, range(7))]
+)
+def test_a_file_may_say_which_layers_slide(write_gguf, pattern, full):
+    types = gguf.config(write_gguf("gemma3", extra=lambda writer: writer.add_sliding_window_pattern(pattern)).file)[
+        "layer_types"
+    ]
+    assert types == ["full_attention" if layer in full else "sliding_attention" for layer in range(7)]
+
+
 def test_yarn_is_read(write_gguf):
     def scaled(writer):
         writer.add_rope_scaling_type(RopeScalingType.YARN)
