@@ -1,9 +1,10 @@
 """A policy as a unit: spec, parameters, tokenizer and the ids that end a completion.
 
-It comes from a built-in random shape or a local Hugging Face directory:
+It comes from a built-in random shape, a local Hugging Face directory or a GGUF file:
 
     policy = load_policy(ModelConfig(source="demo-qwen3"), seed=0)
     policy = load_policy(ModelConfig(source="runs/demo/hf"), seed=0)
+    policy = load_policy(ModelConfig(source="SmolLM2-135M-Instruct.Q4_1.gguf"), seed=0)
 
 The eight span tags are single tokens. Where a tokenizer lacks them they are added, inside the table's spare rows when
 it has room and by growing the table otherwise; their rows start from the mean of the table.
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kardia_jax.config import ConfigError, ModelConfig
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.dialogue.spans import END_TAG, TAGS
+from kardia_jax.hf import gguf
 from kardia_jax.hf.read import load_params
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.policy import init
@@ -74,6 +76,8 @@ def sampler_of(policy: Policy, generate: Generate) -> Sampler:
 def load_policy(config: ModelConfig, seed: int) -> Policy:
     """The policy that the config names; errors say what was wanted and what the directory holds."""
     folder = pathlib.Path(config.source)
+    if gguf.is_gguf(folder):
+        return _from_gguf(folder)
     if folder.is_dir():
         return _from_directory(folder, config)
     if len(folder.parts) > 1:
@@ -140,6 +144,14 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     return _assembled(spec, params, tokenizer, _generation_ends(folder))
 
 
+def _from_gguf(path: pathlib.Path) -> Policy:
+    """The tokenizer is the file's own; packed weights become float32 masters."""
+    described = gguf.config(path)
+    spec = ModelSpec.from_hf(described)
+    params = jax.tree.map(jnp.asarray, load_params(path, spec))
+    return _assembled(spec, params, gguf.tokenizer(path), _ends(described.get("eos_token_id")))
+
+
 def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Policy:
     spec = spec.with_tokens(len(tokenizer))
     spec, params, tokenizer = add_tags(spec, params, tokenizer)
@@ -163,5 +175,8 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
 def _generation_ends(folder: pathlib.Path) -> frozenset[int]:
     """``eos_token_id`` of generation_config.json: models such as Qwen stop at more ids than their tokenizer names."""
     file = folder / "generation_config.json"
-    ends = _read_json(file).get("eos_token_id") if file.is_file() else None
-    return frozenset([ends] if isinstance(ends, int) else ends or [])
+    return _ends(_read_json(file).get("eos_token_id") if file.is_file() else None)
+
+
+def _ends(ids: int | list[int] | None) -> frozenset[int]:
+    return frozenset([ids] if isinstance(ids, int) else ids or [])

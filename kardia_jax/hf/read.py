@@ -1,7 +1,7 @@
-"""Parameters out of a Hugging Face directory of safetensors, single or sharded.
+"""Parameters out of a Hugging Face directory of safetensors, single or sharded, or out of a GGUF file.
 
-In: a directory, the ``ModelSpec`` of its config.json, a dtype. Out: nested NumPy arrays. Tensors are read one
-at a time straight into the stacked arrays, so the peak is the model once plus one tensor.
+In: a directory or a .gguf file, the ``ModelSpec`` of its config.json, a dtype. Out: nested NumPy arrays. Tensors
+are read one at a time straight into the stacked arrays, so the peak is the model once plus one tensor.
 
     spec = ModelSpec.from_hf(json.loads((dir / "config.json").read_text()))
     params = load_params(dir, spec)          # float32 masters, whatever the file holds
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kardia_jax.hf import gguf
 from kardia_jax.hf.tables import (
     EMBED,
     HEAD,
@@ -71,6 +72,8 @@ def load_params(dir: pathlib.Path, spec: ModelSpec, dtype: Dtype = "float32") ->
 
 def inspect(dir: pathlib.Path) -> list[Found]:
     """Every tensor of the directory, from the headers alone; a name that two shards hold comes twice."""
+    if gguf.is_gguf(dir):
+        return gguf.inspect(dir)
     return [tensor for file in _files(dir) for tensor in _headers(file)]
 
 
@@ -105,6 +108,10 @@ def _header(part: Any, name: str, file: pathlib.Path) -> Found:
 
 
 def _tensors(file: pathlib.Path, names: Iterable[str]) -> Iterable[tuple[str, np.ndarray]]:
+    return gguf.tensors(file, names) if gguf.is_gguf(file) else _safetensors(file, names)
+
+
+def _safetensors(file: pathlib.Path, names: Iterable[str]) -> Iterable[tuple[str, np.ndarray]]:
     with safe_open(file, framework="np") as tensors:
         for name in names:
             yield name, tensors.get_tensor(name)
