@@ -15,6 +15,7 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kardia_jax.config import FULL, ConfigError, LoraConfig, ModelConfig
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.dialogue.spans import END_TAG, TAGS
+from kardia_jax.hf import gguf
 from kardia_jax.hf.peft import load_adapter
 from kardia_jax.hf.read import load_arrays
 from kardia_jax.keys import Purpose, key_for
@@ -119,6 +121,8 @@ def adapted(whole: Policy, lora: LoraConfig, adapter: Params) -> Policy:
 def load_whole(config: ModelConfig, seed: int) -> Policy:
     """The model that ``source`` names, every parameter of it to be trained."""
     folder = pathlib.Path(config.source)
+    if gguf.is_gguf(folder):
+        return _from_gguf(folder)
     if folder.is_dir():
         return _from_directory(folder, config)
     if len(folder.parts) > 1:
@@ -184,6 +188,13 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     return _assembled(spec, load_arrays(folder, spec), tokenizer, _generation_ends(folder))
 
 
+def _from_gguf(path: pathlib.Path) -> Policy:
+    """The tokenizer is the file's own; packed weights become float32 masters."""
+    described = gguf.config(path)
+    spec = ModelSpec.from_hf(described)
+    return _assembled(spec, load_arrays(path, spec), gguf.tokenizer(path), _ends(described.get("eos_token_id")))
+
+
 def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Policy:
     spec = spec.with_tokens(len(tokenizer))
     spec, params, tokenizer = add_tags(spec, params, tokenizer)
@@ -207,5 +218,8 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
 def _generation_ends(folder: pathlib.Path) -> frozenset[int]:
     """``eos_token_id`` of generation_config.json: models such as Qwen stop at more ids than their tokenizer names."""
     file = folder / "generation_config.json"
-    ends = _read_json(file).get("eos_token_id") if file.is_file() else None
-    return frozenset([ends] if isinstance(ends, int) else ends or [])
+    return _ends(_read_json(file).get("eos_token_id") if file.is_file() else None)
+
+
+def _ends(ids: int | list[int] | None) -> frozenset[int]:
+    return frozenset([ids] if isinstance(ids, int) else ids or [])

@@ -79,7 +79,7 @@ class ModelConfig:
     """Which policy to start from."""
 
     source: str = "tiny-qwen3"
-    """Name of a built-in random model (see `kardia doctor`), or a local Hugging Face directory."""
+    """Name of a built-in random model (see `kardia doctor`), a local Hugging Face directory or a GGUF file."""
     tokenizer: str = "mini"
     """`mini` (the shipped tokenizer), or a local directory; ignored where the model's own directory has one."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
