@@ -27,6 +27,8 @@ TOLERANCE = 1e-5
 """The same products in another order, logits of size 1."""
 SAMPLER_TOLERANCE = 1e-4
 """Nats, float32, sampler against learner."""
+BFLOAT16_MISMATCH = 1.05
+"""Mean of exp|difference| in bfloat16 (the reliability goal)."""
 SGD = optax.sgd(1.0)
 
 BASE = policy.init(SPEC, jax.random.key(0))
@@ -113,20 +115,31 @@ def test_merged_equals_the_adapter(targets):
     np.testing.assert_allclose(group_logprobs(whole), group_logprobs(params), atol=TOLERANCE)
 
 
-def test_the_sampler_scores_what_it_draws_as_the_learner_does():
-    params, lengths = joined(LORA, BASE, adapter()), jnp.array([8, 5])
+def drawn_and_scored(dtype: str):
+    """Log-probs of sampled tokens: the sampler's, the learner's, and what the learner would say without the adapter."""
+    compute, params, lengths = Compute(dtype, "none", 8), joined(LORA, BASE, adapter()), jnp.array([8, 5])
     keys = row_keys(0, Purpose.ROLLOUT, 0, jnp.arange(2), 3)
     controls, stops = Controls.from_config(SamplerConfig()), jnp.array([-1])
-    generate = programs.make_generate(SPEC, COMPUTE)
+    generate, score = programs.make_generate(SPEC, compute), programs.make_score(SPEC, compute)
     rollouts = generate(params, TOKENS, lengths, keys, controls, stops, jnp.int32(0), max_new_tokens=5)
     rows = jnp.broadcast_to(lengths[:, None], (2, 3))
     drawn = batch()._replace(
         completion_tokens=rollouts.tokens, completion_lengths=rollouts.lengths, prompt_lengths=rows
     )
-    scored = programs.make_score(SPEC, COMPUTE)(params, drawn, jnp.float32(1))[0]
-    np.testing.assert_allclose(rollouts.tempered_logprobs, scored, atol=SAMPLER_TOLERANCE)
-    base = programs.make_score(SPEC, COMPUTE)(BASE, drawn, jnp.float32(1))[0]
-    assert np.abs(base - scored).max() > 0.01
+    scored, base = (np.asarray(score(tree, drawn, jnp.float32(1))[0]) for tree in (params, BASE))
+    return np.asarray(rollouts.tempered_logprobs), scored, base
+
+
+def test_the_sampler_scores_what_it_draws_as_the_learner_does():
+    sampler, learner, base = drawn_and_scored("float32")
+    np.testing.assert_allclose(sampler, learner, atol=SAMPLER_TOLERANCE)
+    assert np.abs(base - learner).max() > 0.01
+
+
+def test_in_bfloat16_they_differ_by_rounding_alone():
+    """The sampler rounds W + A B once, the learner both products."""
+    sampler, learner, _ = drawn_and_scored("bfloat16")
+    assert np.exp(np.abs(sampler - learner)).mean() <= BFLOAT16_MISMATCH
 
 
 @functools.cache
@@ -197,14 +210,6 @@ def test_every_layer_step_and_micro_batch_has_masks_of_its_own():
     keys = [key for place in places for key in mask_keys(*place)]
     assert len(set(keys)) == len(places) * SPEC.layers * 2
     assert mask_keys(0, 5, 0) == keys[: SPEC.layers * 2]
-
-
-def test_an_update_with_dropout_can_be_repeated():
-    once, again = learned(DROPOUT)[0], learned(DROPOUT)[0]
-    jax.tree.map(np.testing.assert_array_equal, once, again)
-    state, _ = update(DROPOUT)(init_state(adapter(DROPOUT), SGD)._replace(step=jnp.int32(1)), batch(), BASE)
-    different = jax.tree.map(lambda a, b: not np.array_equal(a, b), once, jax.device_get(state.params))
-    assert all(jax.tree.leaves(different))
 
 
 def test_the_mean_over_many_masks_is_the_loss_without():
