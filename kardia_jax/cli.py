@@ -87,6 +87,8 @@ class ExportArgs:
     """SPDX id on a card that is written anew; weights inherit the licence of what they started from."""
     push: str | None = None
     """Upload to this Hub repository (owner/name) afterwards."""
+    adapter: pathlib.Path | None = None
+    """Folder for the LoRA adapter alone, as PEFT reads it; TARGET holds the merged model either way."""
 
 
 @dataclass(frozen=True)
@@ -202,24 +204,24 @@ def _demo(arguments: list[str]) -> None:
 
 def _sft(arguments: list[str]) -> None:
     config = read_config("sft", arguments)
-    from kardia_jax.export import export_policy
+    from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
     from kardia_jax.sft import train_sft
 
     policy = train_sft(config, load_policy(config.model, config.run.seed))
-    export_policy(config, policy, "sft", config.run.dir / "hf", overwrite=True)
+    export_final(config, policy, "sft")
 
 
 def _grpo(arguments: list[str]) -> None:
     config = read_config("grpo", arguments)
-    from kardia_jax.export import export_policy
+    from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
     from kardia_jax.scoring import make_grader
     from kardia_jax.train import train_grpo
 
     policy = load_policy(config.model, config.run.seed)
     policy = train_grpo(config, policy, make_grader(config.judge, config.rewards))
-    export_policy(config, policy, "grpo", config.run.dir / "hf", overwrite=True)
+    export_final(config, policy, "grpo")
 
 
 def _eval(arguments: list[str]) -> None:
@@ -251,6 +253,7 @@ def _export(arguments: list[str]) -> None:
         args.results,
         args.licence,
         args.push,
+        args.adapter,
     )
     print(f"exported to {args.target}" + (f" and {address}" if address else ""))
 

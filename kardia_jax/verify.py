@@ -160,9 +160,9 @@ def _in_transformers(
         raise HfError("against: transformers needs PyTorch, which is not installed. pip install torch") from error
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    # Any: what from_pretrained gives depends on the checkpoint.
+    model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, attn_implementation="eager")
+    model.eval()
     # The model's own settings may penalise repetition, which is not greedy; and its padding rows are no tokens.
     padding = list(range(size, model.config.vocab_size)) or None
     stops = {"eos_token_id": list(ends) or None, "pad_token_id": ends[0] if ends else 0, "suppress_tokens": padding}

@@ -17,19 +17,20 @@ import pathlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from kardia_jax.hf import folder
+from kardia_jax.hf import folder, gguf
 from kardia_jax.hf.container import CODES, Dtype, is_finite
 from kardia_jax.hf.tables import (
     EMBED,
     HEAD,
     Entry,
+    Found,
     HfError,
     Rule,
     entries,
@@ -56,15 +57,6 @@ SCAN = 1 << 18
 """Numbers that are looked at together for NaN."""
 
 
-class Found(NamedTuple):
-    """A tensor as its file describes it."""
-
-    name: str
-    file: pathlib.Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
 class Source(Protocol):
     """Where a checkpoint comes from: four questions, answered by a module such as ``kardia_jax.hf.folder``."""
 
@@ -79,8 +71,10 @@ class Source(Protocol):
 
 def source_of(path: pathlib.Path) -> Source:
     """What answers for this path; HfError where there is nothing."""
+    if gguf.is_gguf(path):
+        return gguf
     if not path.is_dir():
-        raise HfError(f"{path}: wanted a directory of a Hugging Face model, got none. Check the path.")
+        raise HfError(f"{path}: wanted a directory of a Hugging Face model or a .gguf file, got none. Check the path.")
     return folder
 
 

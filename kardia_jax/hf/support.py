@@ -5,43 +5,29 @@ python -m kardia_jax.hf.support docs/conversion.md       # writes the table betw
 
 import pathlib
 import sys
-from typing import NamedTuple
 
-from kardia_jax.hf.tables import FAMILIES, QK_NORM, QKV_BIAS
-from kardia_jax.model.spec import ARCHITECTURES
+from kardia_jax.hf.gguf_names import ARCHITECTURES
+from kardia_jax.hf.tables import FamilyRow, supported_families
 
 BEGIN, END = "<!-- supported models: begin -->", "<!-- supported models: end -->"
-CHECKED = "there and back: every byte of every tensor; against transformers: float32 logits to 1e-4, greedy tokens"
-NAMES = {"qwen2": "Qwen2, Qwen2.5", "qwen3": "Qwen3 (dense)"}
-FEATURES = {QKV_BIAS: "bias on queries, keys and values", QK_NORM: "norm on query and key heads"}
-
-
-class Row(NamedTuple):
-    """One family."""
-
-    family: str
-    architecture: str
-    features: str
-
-
-def rows() -> list[Row]:
-    """Every family that has a table of tensors."""
-    return [
-        Row(
-            NAMES.get(family, family),
-            ARCHITECTURES[family],
-            ", ".join(text for part, text in FEATURES.items() if set(part) <= set(table)),
-        )
-        for family, table in FAMILIES.items()
-        if family in ARCHITECTURES
-    ]
+DIRECTORIES = "safetensors and LoRA in and out"
+CHECKED = "logits (1e-4), greedy tokens, adapters against transformers and PEFT; every byte there and back"
+PACKED = "every tensor of a GGUF as transformers unpacks it"
+GGUF_TYPES = {row.model_type for row in ARCHITECTURES.values()}
 
 
 def support_table() -> str:
-    """Markdown: family, architecture, what is special, direction, what is checked."""
-    head = ["family", "architecture in config.json", "of its own", "direction", "what the tests check"]
-    lines = [[row.family, f"`{row.architecture}`", row.features, "in and out", CHECKED] for row in rows()]
+    """Markdown: family, architecture, what is special, directions, what is checked."""
+    head = ["family", "architecture in config.json", "of its own", "directions", "what the tests check"]
+    lines = [_cells(row) for row in supported_families()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def _cells(row: FamilyRow) -> list[str]:
+    packed = row.model_type in GGUF_TYPES
+    directions = DIRECTORIES + ("; GGUF in" if packed else "")
+    checked = f"{CHECKED}; {PACKED}" if packed else CHECKED
+    return [row.family, f"`{row.architecture}`", ", ".join(row.features), directions, checked]
 
 
 def with_table(text: str) -> str:

@@ -8,15 +8,17 @@ brackets are merged into one. The shapes, the reshape and the transpose follow f
 says that a tensor [H*E, D] is split to [H, E, D], transposed to [D, H, E] and stored at index ``layer`` of
 the stacked kernel [L, D, H, E]. A name without ``{layer}`` stands for one array that is not stacked.
 
-A new family is a new tuple in ``FAMILIES``.
+A new family is a new tuple in ``FAMILIES`` and a row in ``kardia_jax.model.families``.
 """
 
 import math
+import pathlib
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kardia_jax.model.families import TRAITS, Family
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -26,6 +28,15 @@ Sizes = dict[str, int]
 
 class HfError(ValueError):
     """A directory that cannot be read or written: names it, what was wanted, what came and what to do."""
+
+
+class Found(NamedTuple):
+    """A tensor as the header of its file describes it."""
+
+    name: str
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Rule(NamedTuple):
@@ -77,10 +88,48 @@ QK_NORM = (
     Rule(LAYER + "self_attn.k_norm.weight", "blocks.attention.k_norm.scale", "E", "E"),
 )
 
-FAMILIES: dict[str, tuple[Rule, ...]] = {
+POST_ATTENTION = "post_attention_layernorm"
+POST_NORMS = (
+    Rule(LAYER + POST_ATTENTION + ".weight", "blocks.attention_post_norm.scale", "D", "D"),
+    Rule(LAYER + "pre_feedforward_layernorm.weight", "blocks.mlp_norm.scale", "D", "D"),
+    Rule(LAYER + "post_feedforward_layernorm.weight", "blocks.mlp_post_norm.scale", "D", "D"),
+)
+"""With norms on both sides Hugging Face's name for the norm before the mlp goes to the one after attention."""
+SANDWICH = tuple(rule for rule in BACKBONE if POST_ATTENTION not in rule.name) + POST_NORMS
+
+FAMILIES: dict[Family, tuple[Rule, ...]] = {
     "qwen2": BACKBONE + QKV_BIAS,
     "qwen3": BACKBONE + QK_NORM,
+    "llama": BACKBONE,
+    "gemma": BACKBONE,
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH + QK_NORM,
 }
+
+
+class FamilyRow(NamedTuple):
+    """One family of the table of supported models."""
+
+    family: str
+    """The name that people use."""
+    model_type: Family
+    architecture: str
+    features: tuple[str, ...]
+
+
+NAMES: dict[Family, str] = {
+    "qwen2": "Qwen 2, Qwen 2.5",
+    "qwen3": "Qwen 3 (dense)",
+    "llama": "Llama 2, Llama 3, SmolLM2",
+    "gemma": "Gemma 1",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text)",
+}
+
+
+def supported_families() -> list[FamilyRow]:
+    """Every family that is read and written, in the order of the table."""
+    return [FamilyRow(NAMES[kind], kind, TRAITS[kind].architecture, TRAITS[kind].features) for kind in FAMILIES]
 
 
 def rules(spec: ModelSpec) -> tuple[Rule, ...]:

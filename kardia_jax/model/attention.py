@@ -24,6 +24,10 @@ MASKED = -1e30
 """Score of a dropped key: finite, so that a row without any key gives no NaN and weighs nothing when merged."""
 
 
+Window = int | Int[Array, ""] | None
+"""Positions that a query sees, its own included; an array where layers of one scan differ; None: no limit."""
+
+
 class Part(NamedTuple):
     """Attention over some of the keys."""
 
@@ -85,7 +89,7 @@ def causal(size: int) -> Bool[Array, "1 T T"]:
 
 
 def in_window(
-    query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: int | None
+    query_positions: Int[Array, "B T"], key_positions: Int[Array, "B S"], window: Window
 ) -> Bool[Array, "#B #T #S"]:
     """Keys less than ``window`` positions back (sliding-window attention); None keeps all."""
     if window is None:
@@ -98,7 +102,7 @@ def causal_attention(
     k: Float[Array, "B K S E"],
     v: Float[Array, "B K S E"],
     scoring: Scoring,
-    window: int | None = None,
+    window: Window = None,
 ) -> Float[Array, "B H S E"]:
     """Attention of a prompt, or of any single row, to itself."""
     positions = jnp.arange(q.shape[2])[None]
@@ -116,7 +120,7 @@ def group_attention(
     own_keep: Bool[Array, "1 T N"],
     query_positions: Int[Array, " T"],
     scoring: Scoring,
-    window: int | None = None,
+    window: Window = None,
 ) -> Float[Array, "P G H T E"]:
     """Attention of G completions to their one prompt and each to its own past.
 
@@ -132,7 +136,8 @@ def group_attention(
     shared = attend(_together(q), prompt_k, prompt_v, keep, scoring)
     shared = Part(_apart(shared.out, group), _apart(shared.lse, group))
     own_keep = own_keep & in_window(query_positions[None], jnp.arange(own_size)[None], window)
-    own = attend(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), own_keep, scoring)
+    own_q, own_k, own_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    own = attend(own_q, own_k, own_v, own_keep, scoring)
     own = Part(own.out.reshape(q.shape), own.lse.reshape(q.shape[:-1]))
     return merge([shared, own])
 

@@ -7,6 +7,9 @@ entropy):
 
     dz_v = a (1[v = token] - p_v) - b p_v (log p_v + H).
 
+A soft cap makes c tanh(h·Wᵀ / c) of h·Wᵀ, before the temperature (Gemma 2); the gradient meets its slope,
+1 - tanh²(h·Wᵀ / c), on the way back.
+
 The gradient of the table is added up in float32 over slices whatever the compute type: rounding each slice to
 bfloat16 is a known way to bias training.
 """
@@ -20,18 +23,31 @@ FLOOR = -1e9
 
 
 def raw_logits(hidden: Float[Array, "... D"], table: Float[Array, "V D"]) -> Float[Array, "... V"]:
-    """h·Wᵀ in the compute type of ``hidden``, accumulated in float32."""
+    """h·Wᵀ in the compute type of ``hidden``, accumulated in float32; not yet capped."""
     return jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
+def capped(z: Float[Array, "... V"], softcap: float | None) -> Float[Array, "... V"]:
+    """c tanh(z / c): logits stay within the cap; None caps nothing."""
+    return z if softcap is None else softcap * jnp.tanh(z / softcap)
+
+
+def model_logits(
+    hidden: Float[Array, "... D"], table: Float[Array, "V D"], softcap: float | None
+) -> Float[Array, "... V"]:
+    """Logits of every row of the table, padding rows included."""
+    return capped(raw_logits(hidden, table), softcap)
+
+
 def sampled_logits(
-    hidden: Float[Array, "... D"], table: Float[Array, "V D"], sampled_tokens: int
+    hidden: Float[Array, "... D"], table: Float[Array, "V D"], sampled_tokens: int, softcap: float | None
 ) -> Float[Array, "... V"]:
     """Logits with the padding rows of the table at -inf: they are never sampled and take no probability."""
-    z = raw_logits(hidden, table)
-    return (
-        z if sampled_tokens == table.shape[0] else jnp.where(jnp.arange(table.shape[0]) < sampled_tokens, z, -jnp.inf)
-    )
+    return _without_padding(model_logits(hidden, table, softcap), sampled_tokens)
+
+
+def _without_padding(z: Float[Array, "... V"], sampled_tokens: int) -> Float[Array, "... V"]:
+    return z if sampled_tokens == z.shape[-1] else jnp.where(jnp.arange(z.shape[-1]) < sampled_tokens, z, -jnp.inf)
 
 
 def _slices(x: Array, chunk: int) -> Array:
@@ -40,19 +56,23 @@ def _slices(x: Array, chunk: int) -> Array:
     return jnp.pad(x, padding).reshape(-1, chunk, *x.shape[1:])
 
 
-def _distribution(hidden: Array, table: Array, temperature: Array, sampled_tokens: int) -> tuple[Array, Array]:
-    """(log p, p) of a slice; log p is very low but finite where p is 0, so that 0 * log 0 is 0."""
-    z = sampled_logits(hidden, table, sampled_tokens) / temperature
-    logp = jnp.maximum(jax.nn.log_softmax(z, -1), FLOOR)
+def _distribution(z: Array, temperature: Array, sampled_tokens: int) -> tuple[Array, Array]:
+    """(log p, p) of a slice of logits; log p is very low but finite where p is 0, so that 0 * log 0 is 0."""
+    logp = jnp.maximum(jax.nn.log_softmax(_without_padding(z, sampled_tokens) / temperature, -1), FLOOR)
     return logp, jnp.exp(logp)
 
 
-def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk):
+def _uncapped(dz: Array, z: Array, softcap: float | None) -> Array:
+    """Gradient with respect to h·Wᵀ, given that with respect to the capped logits z."""
+    return dz if softcap is None else dz * (1 - jnp.square(z / softcap))
+
+
+def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk, softcap):
     low = table.astype(hidden.dtype)
 
     def stats(piece):
         h, token, _ = piece
-        logp, p = _distribution(h, low, temperature, sampled_tokens)
+        logp, p = _distribution(model_logits(h, low, softcap), temperature, sampled_tokens)
         return jnp.take_along_axis(logp, token[:, None], 1)[:, 0], -jnp.sum(p * logp, -1)
 
     def slice_stats(_, piece):
@@ -64,17 +84,18 @@ def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk):
     return (logprobs, entropy), (hidden, table, tokens, keep, temperature, entropy)
 
 
-def _backward(sampled_tokens, chunk, residuals, cotangents):
+def _backward(sampled_tokens, chunk, softcap, residuals, cotangents):
     hidden, table, tokens, keep, temperature, entropy = residuals
     low = table.astype(hidden.dtype)
     cotangents = [jnp.where(keep, x, 0.0) for x in cotangents]
 
     def gradient(total, piece):
         h, token, _, ent, a, b = piece
-        logp, p = _distribution(h, low, temperature, sampled_tokens)
+        z = model_logits(h, low, softcap)
+        logp, p = _distribution(z, temperature, sampled_tokens)
         dz = -p * (a[:, None] + b[:, None] * (logp + ent[:, None]))
         dz = dz.at[jnp.arange(token.size), token].add(a) / temperature
-        dz = dz.astype(h.dtype)
+        dz = _uncapped(dz, z, softcap).astype(h.dtype)
         dh = jnp.einsum("CV,VD->CD", dz, low, preferred_element_type=jnp.float32)
         dw = jnp.einsum("CV,CD->VD", dz, h, preferred_element_type=jnp.float32)
         return total + dw, dh.astype(h.dtype)
@@ -116,14 +137,15 @@ def token_logprobs(
     temperature: Float[Array, ""],
     sampled_tokens: int,
     chunk: int,
+    softcap: float | None,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """Log-prob of each kept token and entropy of its distribution (nats) under softmax(h·Wᵀ / temperature), else 0.
+    """Log-prob of each kept token and entropy of its distribution (nats) under softmax(logits / temperature), else 0.
 
-    ``sampled_tokens`` is the number of table rows that count; ``chunk`` the tokens per slice. No gradient flows to
-    the temperature.
+    ``sampled_tokens`` is the number of table rows that count; ``chunk`` the tokens per slice; ``softcap`` the bound of
+    the logits. No gradient flows to the temperature.
     """
-    return _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk)[0]
+    return _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk, softcap)[0]
 
 
-token_logprobs = jax.custom_vjp(token_logprobs, nondiff_argnums=(5, 6))
+token_logprobs = jax.custom_vjp(token_logprobs, nondiff_argnums=(5, 6, 7))
 token_logprobs.defvjp(_forward, _backward)

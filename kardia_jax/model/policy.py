@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kardia_jax.model.attention import Scoring, causal, causal_attention, group_attention
-from kardia_jax.model.head import raw_logits, token_logprobs
-from kardia_jax.model.layers import Block, RMSNorm, rotation
+from kardia_jax.model.attention import Scoring, Window, causal, causal_attention, group_attention
+from kardia_jax.model.head import model_logits, token_logprobs
+from kardia_jax.model.layers import Block, Kind, kinds, norm, rotations, stacked_kinds, turn_of
+from kardia_jax.model.lora import merged
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -58,8 +59,8 @@ def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
     by what the first blocks add to it.
     """
     block_key, embed_key, head_key = jax.random.split(key, 3)
-    x, turn = jnp.zeros((1, 1, spec.width)), rotation(spec, jnp.zeros((1, 1), int))
-    attend = functools.partial(_attend_prompt, scoring=_scoring(spec))
+    x, turn = jnp.zeros((1, 1, spec.width)), rotations(spec, jnp.zeros((1, 1), int)).full
+    attend = functools.partial(_attend_prompt, scoring=_scoring(spec), window=None)
     residual = (2 * spec.layers) ** -0.5
 
     def init_block(layer_key: Key[Array, ""]) -> Params:
@@ -74,7 +75,7 @@ def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
     params: Params = {
         "embed": table(embed_key),
         "blocks": jax.vmap(init_block)(jax.random.split(block_key, spec.layers)),
-        "final_norm": {"scale": jnp.ones(spec.width)},
+        "final_norm": dict(norm(spec).init(key, x)["params"]),
     }
     if not spec.tied:
         params["head"] = table(head_key)
@@ -87,8 +88,13 @@ def head_table(params: Params) -> Float[Array, "V D"]:
 
 
 def layer_slices(spec: ModelSpec, params: Params, dtype: str) -> list[Params]:
-    """The stacked blocks as a list, cast for compute: taken once, outside the decode loop."""
-    return [jax.tree.map(lambda leaf, i=i: leaf[i].astype(dtype), params["blocks"]) for i in range(spec.layers)]
+    """The stacked blocks as a list, adapters merged, cast for compute: taken once, outside the decode loop."""
+
+    def layer(index: int) -> Params:
+        one = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), merged(one))
+
+    return [layer(index) for index in range(spec.layers)]
 
 
 def logits(
@@ -98,7 +104,7 @@ def logits(
     mean nothing (causality keeps them from the others)."""
     del lengths
     x, _ = _run_prompt(spec, compute, params, tokens)
-    return raw_logits(_final_norm(spec, params, x), head_table(params))
+    return model_logits(_final_norm(spec, params, x), head_table(params), spec.final_softcap)
 
 
 def prefill(
@@ -123,18 +129,19 @@ def decode_step(
 
     ``layers`` are ``layer_slices`` of the blocks; ``params`` is read for the embedding and the final norm only.
     """
-    x = _embed(params, tokens[..., None], compute)
-    turn = rotation(spec, prompt_lengths[..., None] + position)
+    x = _embed(spec, params, tokens[..., None], compute)
+    turns = rotations(spec, prompt_lengths[..., None] + position)
     written = []
-    for layer, cache in zip(layers, caches, strict=True):
+    for layer, cache, kind in zip(layers, caches, kinds(spec), strict=True):
         attend = functools.partial(
             _attend_decode,
             cache=cache,
             prompt_lengths=prompt_lengths,
             position=position,
             scoring=_scoring(spec),
+            window=kind.window,
         )
-        x, cache = _apply(Block(spec), layer, x, turn, attend)
+        x, cache = _apply(Block(spec), layer, x, turn_of(turns, kind), attend)
         written.append(cache)
     return _final_norm(spec, params, x[:, :, 0]), written
 
@@ -148,22 +155,21 @@ def group_hidden(
     completion_tokens: Int[Array, "P G T"],
 ) -> Float[Array, "P G T D"]:
     """Hidden state that predicts each completion token; the prompt is run once per group, forward and backward."""
-    prompt_turn = rotation(spec, jnp.arange(prompt_tokens.shape[1])[None])
-    turn = rotation(spec, prompt_lengths[..., None] + jnp.arange(completion_tokens.shape[2]))
-    scoring = _scoring(spec)
+    prompt_turns = rotations(spec, jnp.arange(prompt_tokens.shape[1])[None])
+    turns = rotations(spec, prompt_lengths[..., None] + jnp.arange(completion_tokens.shape[2]))
 
-    def block(carry: tuple[Array, Array], layer: Params) -> tuple[tuple[Array, Array], None]:
-        prompt, completion = carry
-        attend_prompt = functools.partial(_attend_prompt, scoring=scoring)
-        prompt, (k, v) = _apply(Block(spec), layer, prompt, prompt_turn, attend_prompt)
-        attend_group = functools.partial(
-            _attend_group, prompt_k=k, prompt_v=v, prompt_lengths=prompt_lengths, scoring=scoring
-        )
-        completion, _ = _apply(Block(spec), layer, completion, turn, attend_group)
+    def block(carry: tuple[Array, Array], layer: tuple[Params, Kind]) -> tuple[tuple[Array, Array], None]:
+        (prompt, completion), (weights, kind) = carry, layer
+        how = {"scoring": _scoring(spec), "window": kind.window}
+        attend_prompt = functools.partial(_attend_prompt, **how)
+        prompt, (k, v) = _apply(Block(spec), weights, prompt, turn_of(prompt_turns, kind), attend_prompt)
+        attend_group = functools.partial(_attend_group, prompt_k=k, prompt_v=v, prompt_lengths=prompt_lengths, **how)
+        completion, _ = _apply(Block(spec), weights, completion, turn_of(turns, kind), attend_group)
         return (prompt, completion), None
 
-    start = _embed(params, prompt_tokens, compute), _embed(params, completion_tokens, compute)
-    (prompt, completion), _ = jax.lax.scan(_remat(block, compute), start, params["blocks"], unroll=compute.unroll)
+    start = _embed(spec, params, prompt_tokens, compute), _embed(spec, params, completion_tokens, compute)
+    stack = params["blocks"], stacked_kinds(spec)
+    (prompt, completion), _ = jax.lax.scan(_remat(block, compute), start, stack, unroll=compute.unroll)
     first = _at(prompt, prompt_lengths - 1)
     return _final_norm(spec, params, jnp.concatenate([first[:, :, None], completion[:, :, :-1]], 2))
 
@@ -189,6 +195,7 @@ def group_logprobs(
         jnp.asarray(temperature, jnp.float32),
         spec.sampled_tokens,
         compute.head_chunk,
+        spec.final_softcap,
     )
     return logprobs.reshape(shape), entropy.reshape(shape)
 
@@ -196,30 +203,45 @@ def group_logprobs(
 def _run_prompt(
     spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S D"], tuple[Array, Array]]:
-    turn = rotation(spec, jnp.arange(tokens.shape[1])[None])
-    attend = functools.partial(_attend_prompt, scoring=_scoring(spec))
+    turns = rotations(spec, jnp.arange(tokens.shape[1])[None])
 
-    def block(x: Array, layer: Params) -> tuple[Array, tuple[Array, Array]]:
-        return _apply(Block(spec), layer, x, turn, attend)
+    def block(x: Array, layer: tuple[Params, Kind]) -> tuple[Array, tuple[Array, Array]]:
+        weights, kind = layer
+        attend = functools.partial(_attend_prompt, scoring=_scoring(spec), window=kind.window)
+        return _apply(Block(spec), weights, x, turn_of(turns, kind), attend)
 
-    start = _embed(params, tokens, compute)
-    return jax.lax.scan(_remat(block, compute), start, params["blocks"], unroll=compute.unroll)
+    stack = params["blocks"], stacked_kinds(spec)
+    return jax.lax.scan(_remat(block, compute), _embed(spec, params, tokens, compute), stack, unroll=compute.unroll)
 
 
-def _attend_prompt(q: Array, k: Array, v: Array, scoring: Scoring) -> tuple[Array, tuple[Array, Array]]:
-    return causal_attention(q, k, v, scoring), (k, v)
+def _attend_prompt(q: Array, k: Array, v: Array, scoring: Scoring, window: Window) -> tuple[Array, tuple[Array, Array]]:
+    return causal_attention(q, k, v, scoring, window), (k, v)
 
 
 def _attend_group(
-    q: Array, k: Array, v: Array, prompt_k: Array, prompt_v: Array, prompt_lengths: Array, scoring: Scoring
+    q: Array,
+    k: Array,
+    v: Array,
+    prompt_k: Array,
+    prompt_v: Array,
+    prompt_lengths: Array,
+    scoring: Scoring,
+    window: Window,
 ) -> tuple[Array, None]:
-    length = q.shape[3]
-    steps = jnp.arange(length)
-    return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, causal(length), steps, scoring), None
+    steps = jnp.arange(q.shape[3])
+    prompt = (prompt_k, prompt_v, prompt_lengths)
+    return group_attention(q, k, v, *prompt, causal(q.shape[3]), steps, scoring, window), None
 
 
 def _attend_decode(
-    q: Array, k: Array, v: Array, cache: LayerCache, prompt_lengths: Array, position: Array, scoring: Scoring
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: LayerCache,
+    prompt_lengths: Array,
+    position: Array,
+    scoring: Scoring,
+    window: Window,
 ) -> tuple[Array, LayerCache]:
     at = (0, 0, 0, position, 0)
     cache = cache._replace(
@@ -228,7 +250,7 @@ def _attend_decode(
     )
     written = (jnp.arange(cache.k.shape[3]) <= position)[None, None]
     prompt = (cache.prompt_k, cache.prompt_v, prompt_lengths)
-    out = group_attention(q, cache.k, cache.v, *prompt, written, position[None], scoring)
+    out = group_attention(q, cache.k, cache.v, *prompt, written, position[None], scoring, window)
     return out, cache
 
 
@@ -238,15 +260,16 @@ def _apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
 
 
 def _scoring(spec: ModelSpec) -> Scoring:
-    return Scoring(scale=spec.head_dim**-0.5)
+    return Scoring(spec.score_scale, spec.attention_softcap)
 
 
-def _embed(params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
-    return params["embed"]["embedding"][tokens].astype(compute.dtype)
+def _embed(spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
+    x = params["embed"]["embedding"][tokens].astype(compute.dtype)
+    return x * jnp.asarray(spec.width**0.5, jnp.float32).astype(compute.dtype) if spec.traits.embed_scaled else x
 
 
 def _final_norm(spec: ModelSpec, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    return _apply(RMSNorm(spec.norm_epsilon), params["final_norm"], x)
+    return _apply(norm(spec), params["final_norm"], x)
 
 
 def _at(x: Float[Array, "B S D"], index: Int[Array, "B N"]) -> Float[Array, "B N D"]:

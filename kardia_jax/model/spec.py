@@ -2,135 +2,17 @@
 
 >>> ModelSpec.from_hf({"model_type": "qwen2", "hidden_size": 896, ...}).group_size
 7
+
+What follows from the family alone is in ``families.py``; what a checkpoint chooses is a field here.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, cast
 
-import numpy as np
-
-Family = Literal["qwen2", "qwen3"]
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
-
-ARCHITECTURES: dict[Family, str] = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-
-class SpecError(ValueError):
-    """A model that we would compute wrongly, refused by name before a weight is read."""
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """Rotary position embedding and its scaling (Su et al., arXiv 2104.09864).
-
-    ``dynamic`` equals ``default`` up to ``max_positions``; runs are held below that, so nothing else is needed.
-    """
-
-    theta: float = 10_000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    original_positions: int = 0
-    """Context of the pre-training (llama3, yarn)."""
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
-    """Multiplies cosine and sine (yarn)."""
-    truncate: bool = True
-    """Round the yarn ramp's ends to whole dimensions."""
-
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians per position for each of the E/2 rotated pairs, float32 [E/2]."""
-        exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        plain = (1.0 / np.float32(self.theta) ** exponent).astype(np.float32)
-        if self.kind == "linear":
-            return plain / np.float32(self.factor)
-        if self.kind == "llama3":
-            return self._llama3(plain)
-        if self.kind == "yarn":
-            return self._yarn(plain, head_dim)
-        return plain
-
-    def _llama3(self, plain: np.ndarray) -> np.ndarray:
-        """Long waves divided by the factor, short waves kept, a linear blend between. Source: Llama 3.1."""
-        wavelength = 2 * math.pi / plain
-        span = self.high_freq_factor - self.low_freq_factor
-        blend = (self.original_positions / wavelength - self.low_freq_factor) / span
-        blend = np.clip(blend, 0.0, 1.0)
-        return ((1 - blend) * plain / self.factor + blend * plain).astype(np.float32)
-
-    def _yarn(self, plain: np.ndarray, head_dim: int) -> np.ndarray:
-        """Interpolated for dimensions that turn slowly, plain for fast ones. Source: arXiv 2309.00071, eq. 17-18."""
-
-        def dimension(turns: float) -> float:
-            positions = self.original_positions / (turns * 2 * math.pi)
-            return head_dim * math.log(positions) / (2 * math.log(self.theta))
-
-        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        width = max(high - low, 1e-3)
-        ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0, 1)
-        return (plain / self.factor * ramp + plain * (1 - ramp)).astype(np.float32)
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "RopeSpec":
-        """Reads both layouts: ``rope_parameters`` (transformers 5) and ``rope_theta`` + ``rope_scaling`` (before)."""
-        raw = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        kind = raw.get("rope_type", raw.get("type", "default"))
-        theta = float(raw.get("rope_theta", config.get("rope_theta", 10_000.0)))
-        known = ("default", "linear", "dynamic", "llama3", "yarn")
-        if kind not in known:
-            raise SpecError(f"rope_type: wanted one of {known}, got {kind!r}.")
-        factor = float(raw.get("factor", 1.0))
-        original = raw.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
-        attention = raw.get("attention_factor")
-        if kind == "yarn" and attention is None:
-            attention = _yarn_attention_factor(factor, raw)
-        return cls(
-            theta=theta,
-            kind=kind,
-            factor=factor,
-            original_positions=int(original),
-            low_freq_factor=float(raw.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(raw.get("high_freq_factor", 4.0)),
-            beta_fast=float(raw.get("beta_fast") or 32.0),
-            beta_slow=float(raw.get("beta_slow") or 1.0),
-            attention_factor=float(attention) if attention is not None else 1.0,
-            truncate=bool(raw.get("truncate", True)),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """The ``rope_parameters`` of transformers 5; older readers also find ``rope_theta`` beside it."""
-        out: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
-        if self.kind == "default":
-            return out
-        out["factor"] = self.factor
-        if self.kind == "llama3":
-            out |= {"low_freq_factor": self.low_freq_factor, "high_freq_factor": self.high_freq_factor}
-        if self.kind == "yarn":
-            out |= {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow, "truncate": self.truncate}
-            out["attention_factor"] = self.attention_factor
-        if self.kind in ("llama3", "yarn"):
-            out["original_max_position_embeddings"] = self.original_positions
-        return out
-
-
-def _yarn_attention_factor(factor: float, raw: Mapping[str, Any]) -> float:
-    """0.1 m ln(s) + 1, as a ratio when the config names both multipliers. Source: arXiv 2309.00071, eq. 22."""
-
-    def scale(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
-    mscale, mscale_all = raw.get("mscale"), raw.get("mscale_all_dim")
-    if mscale and mscale_all:
-        return scale(mscale) / scale(mscale_all)
-    return scale(1.0)
+from kardia_jax.model.families import LAYER_TYPES, TRAITS, Family, LayerType, SpecError, Traits
+from kardia_jax.model.rope import RopeSpec
 
 
 @dataclass(frozen=True)
@@ -160,16 +42,35 @@ class ModelSpec:
     """Longest prompt + completion, tokens."""
     token_count: int | None = None
     """Ids that a tokenizer can produce; rows from there on are padding and are never sampled. None: all rows."""
+    query_scalar: int | None = None
+    """Scores are divided by the square root of this; None: of head_dim."""
+    attention_softcap: float | None = None
+    """Attention scores become cap * tanh(score / cap)."""
+    final_softcap: float | None = None
+    """The same for logits."""
+    window: int | None = None
+    """A sliding layer sees this many positions, its own included."""
+    layer_types: tuple[LayerType, ...] = ()
+    """Type of each layer; (): all are full."""
+    local_rope: RopeSpec | None = None
+    """Rotation of the sliding layers; None: that of the others."""
 
     def __post_init__(self) -> None:
-        if self.family not in ARCHITECTURES:
-            raise SpecError(f"family: wanted one of {tuple(ARCHITECTURES)}, got {self.family!r}.")
+        if self.family not in TRAITS:
+            raise SpecError(f"family: wanted one of {tuple(TRAITS)}, got {self.family!r}.")
         if self.heads % self.kv_heads:
             raise SpecError(f"kv_heads: wanted a divisor of heads = {self.heads}, got {self.kv_heads}.")
         if self.head_dim % 2:
             raise SpecError(f"head_dim: wanted an even number, got {self.head_dim}.")
         if self.token_count is not None and not 0 < self.token_count <= self.vocab_size:
             raise SpecError(f"token_count: wanted 1 to {self.vocab_size} (the table), got {self.token_count}.")
+        _require_layers(self)
+        _require_expressible(self)
+
+    @property
+    def traits(self) -> Traits:
+        """What follows from the family."""
+        return TRAITS[self.family]
 
     @property
     def group_size(self) -> int:
@@ -177,14 +78,14 @@ class ModelSpec:
         return self.heads // self.kv_heads
 
     @property
-    def qkv_bias(self) -> bool:
-        """Qwen2 adds a bias to queries, keys and values."""
-        return self.family == "qwen2"
+    def score_scale(self) -> float:
+        """Factor of q·k."""
+        return (self.query_scalar or self.head_dim) ** -0.5
 
     @property
-    def qk_norm(self) -> bool:
-        """Qwen3 normalises each query and key head."""
-        return self.family == "qwen3"
+    def slides(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees a window only."""
+        return tuple(kind == "sliding_attention" for kind in self.layer_types) or (False,) * self.layers
 
     @property
     def sampled_tokens(self) -> int:
@@ -194,9 +95,10 @@ class ModelSpec:
     @property
     def parameter_count(self) -> int:
         """Number of parameters, the tied head counted once."""
+        traits = self.traits
         qkvo = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        bias = self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
-        norms = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
+        bias = self.head_dim * (self.heads + 2 * self.kv_heads) if traits.qkv_bias else 0
+        norms = (4 if traits.post_norms else 2) * self.width + (2 * self.head_dim if traits.qk_norm else 0)
         block = qkvo + bias + norms + 3 * self.width * self.mlp_width
         return self.layers * block + self.width + self.vocab_size * self.width * (1 if self.tied else 2)
 
@@ -211,31 +113,41 @@ class ModelSpec:
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelSpec":
         """Reads a Hugging Face ``config.json``; whatever would change the result and is not supported is refused."""
         family = config.get("model_type")
-        if family not in ARCHITECTURES:
-            raise SpecError(f"model_type: wanted one of {tuple(ARCHITECTURES)}, got {family!r}.")
-        _refuse_unsupported(config)
+        if family not in TRAITS:
+            raise SpecError(f"model_type: wanted one of {tuple(TRAITS)}, got {family!r}.")
+        traits = TRAITS[family]
+        config = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, **traits.defaults, **config}
+        _refuse_unsupported(traits, config)
         _require_sizes(config)
-        heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        head_dim = config.get("head_dim") or width // heads
+        scalar = config["query_pre_attn_scalar"] if traits.query_scalar else head_dim
+        rope, local_rope = _ropes_from_hf(traits, config)
         return cls(
             family=family,
-            vocab_size=int(config["vocab_size"]),
+            vocab_size=config["vocab_size"],
             width=width,
-            mlp_width=int(config["intermediate_size"]),
-            layers=int(config["num_hidden_layers"]),
+            mlp_width=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or width // heads),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            rope=RopeSpec.from_hf(config),
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-            max_positions=int(config.get("max_position_embeddings", 32_768)),
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            tied=bool(config["tie_word_embeddings"]),
+            rope=rope,
+            norm_epsilon=float(config["rms_norm_eps"]),
+            max_positions=config["max_position_embeddings"],
+            query_scalar=None if scalar == head_dim else scalar,
+            attention_softcap=_softcap(traits, config, "attn_logit_softcapping"),
+            final_softcap=_softcap(traits, config, "final_logit_softcapping"),
+            local_rope=local_rope,
+            **_layers_from_hf(traits, config),
         )
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` of this model; token ids and dtype are added by the writer that knows them."""
-        rope = self.rope.to_hf()
+        traits = self.traits
         return {
-            "architectures": [ARCHITECTURES[self.family]],
+            "architectures": [traits.architecture],
             "model_type": self.family,
             "vocab_size": self.vocab_size,
             "hidden_size": self.width,
@@ -244,38 +156,112 @@ class ModelSpec:
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
             "tie_word_embeddings": self.tied,
             "rms_norm_eps": self.norm_epsilon,
             "max_position_embeddings": self.max_positions,
-            "rope_parameters": rope,
-            "rope_theta": self.rope.theta,
             "attention_dropout": 0.0,
-            "use_sliding_window": False,
-        } | ({"attention_bias": False} if self.family == "qwen3" else {})
+            traits.activation_field: traits.activation_names[0],
+            **_ropes_to_hf(self),
+            **_layers_to_hf(self),
+            **traits.written,
+        }
+
+
+def _require_layers(spec: ModelSpec) -> None:
+    """Layer types, window and local rotation fit each other and the family."""
+    if not spec.layer_types:
+        return
+    if len(spec.layer_types) != spec.layers or set(spec.layer_types) - set(LAYER_TYPES):
+        raise SpecError(f"layer_types: wanted {spec.layers} of {LAYER_TYPES}, got {spec.layer_types}.")
+    if any(spec.slides) and not spec.traits.sliding:
+        raise SpecError(f"layer_types: wanted full_attention everywhere in {spec.family}, got {spec.layer_types}.")
+    if any(spec.slides) and (not isinstance(spec.window, int) or spec.window < 1):
+        raise SpecError(f"sliding_window: wanted a positive number of tokens, got {spec.window!r}.")
+
+
+def _require_expressible(spec: ModelSpec) -> None:
+    """A choice that the family's config.json has no field for would be lost on export."""
+    traits = spec.traits
+    chosen = {
+        "query_scalar": (spec.query_scalar, traits.query_scalar),
+        "attention_softcap": (spec.attention_softcap, "attn_logit_softcapping" in traits.softcaps),
+        "final_softcap": (spec.final_softcap, "final_logit_softcapping" in traits.softcaps),
+        "local_rope": (spec.local_rope, traits.local_rope),
+    }
+    for name, (value, known) in chosen.items():
+        if value is not None and not known:
+            raise SpecError(f"{name}: wanted None, which is all that {spec.family} has, got {value!r}.")
 
 
 def _require_sizes(config: Mapping[str, Any]) -> None:
     """The numbers without which there is no model, each a positive integer."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for name in names:
+    needed = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
+    optional = ("num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window", "sliding_window_pattern")
+    for name in (*needed, *(name for name in optional if config.get(name) is not None)):
         value = config.get(name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SpecError(f"{name}: wanted a positive integer in config.json, got {value!r}.")
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Each line is a field that would change the logits if it were ignored."""
-    wanted = {
-        "hidden_act": ("silu", None),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-    }
-    if config["model_type"] == "qwen3":
-        wanted["attention_bias"] = (False, None)
-    for name, allowed in wanted.items():
-        if config.get(name) not in allowed:
-            raise SpecError(f"{name}: wanted {allowed[0]!r}, got {config[name]!r}. This model is not supported.")
-    layer_types = set(config.get("layer_types") or ())
-    if layer_types - {"full_attention"}:
-        raise SpecError(f"layer_types: wanted full_attention everywhere, got {sorted(layer_types)}.")
+def _refuse_unsupported(traits: Traits, config: Mapping[str, Any]) -> None:
+    """Every field that would change the logits if it were ignored has a value that we compute."""
+    fixed = {**traits.fixed, traits.activation_field: traits.activation_names, "quantization_config": (None,)}
+    for name, allowed in fixed.items():
+        value = config.get(name)
+        if value is not None and value not in allowed:
+            raise SpecError(f"{name}: wanted {allowed[0]!r}, got {value!r}. This model is not supported.")
+
+
+def _softcap(traits: Traits, config: Mapping[str, Any], name: str) -> float | None:
+    value = config.get(name)
+    if name not in traits.softcaps or value is None:
+        return None
+    if not isinstance(value, (int, float)) or value <= 0:
+        raise SpecError(f"{name}: wanted a positive number or null, got {value!r}.")
+    return float(value)
+
+
+def _layers_from_hf(traits: Traits, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``layer_types`` and ``window``; a model whose layers are all full has neither."""
+    layers = config["num_hidden_layers"]
+    kinds = config.get("layer_types") or traits.layer_types(layers, config)
+    if list(kinds) == ["full_attention"] * layers:
+        return {}
+    return {"layer_types": tuple(kinds), "window": config.get("sliding_window")}
+
+
+def _ropes_from_hf(traits: Traits, config: Mapping[str, Any]) -> tuple[RopeSpec, RopeSpec | None]:
+    if not traits.local_rope:
+        return RopeSpec.from_hf(config), None
+    full, sliding = RopeSpec.by_layer_from_hf(config)
+    return full, None if sliding == full else sliding
+
+
+def _ropes_to_hf(spec: ModelSpec) -> dict[str, Any]:
+    """``rope_parameters`` of transformers 5, and the base frequencies where older readers look for them."""
+    if not spec.traits.local_rope:
+        return {"rope_parameters": spec.rope.to_hf(), "rope_theta": spec.rope.theta}
+    full, sliding = spec.rope, spec.local_rope or spec.rope
+    nested = dict(zip(LAYER_TYPES, (full.to_hf(), sliding.to_hf()), strict=True))
+    return {"rope_parameters": nested, "rope_theta": full.theta, "rope_local_base_freq": sliding.theta}
+
+
+def _layers_to_hf(spec: ModelSpec) -> dict[str, Any]:
+    """Windows, score scale and soft caps, of the families that have them."""
+    traits = spec.traits
+    caps = {"attn_logit_softcapping": spec.attention_softcap, "final_logit_softcapping": spec.final_softcap}
+    out: dict[str, Any] = {name: caps[name] for name in traits.softcaps}
+    if traits.query_scalar:
+        out["query_pre_attn_scalar"] = spec.query_scalar or spec.head_dim
+    if traits.sliding:
+        kinds = spec.layer_types or cast(tuple[LayerType, ...], (LAYER_TYPES[0],) * spec.layers)
+        # transformers makes both masks and wants a window even where no layer uses it.
+        out |= {"layer_types": list(kinds), "sliding_window": spec.window or spec.max_positions}
+    return out

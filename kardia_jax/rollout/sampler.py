@@ -52,7 +52,7 @@ def generate(
     row_lengths = jnp.broadcast_to(prompt_lengths[:, None], keys.shape)
 
     def record(state: Decoding, hidden: Float[Array, "P G D"], position: Int[Array, ""]) -> Decoding:
-        logits = sampled_logits(hidden, table, spec.sampled_tokens).reshape(-1, spec.vocab_size)
+        logits = sampled_logits(hidden, table, spec.sampled_tokens, spec.final_softcap).reshape(-1, spec.vocab_size)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys.reshape(-1), position)
         drawn = draw(logits, step_keys, controls)
 

@@ -102,6 +102,16 @@ def test_the_package_is_a_program():
             ("grpo.loss.importance: wanted auto or token with name cispo, got 'sequence'", "use name gspo"),
         ),
         (("grpo", "--grpo.sampler.temperature", "0"), ("grpo.sampler.temperature: wanted more than 0", "set grpo.")),
+        (
+            ("sft", "--model.lora.rank", "4", "--model.lora.targets", "q_proj", "qkv"),
+            ("model.lora.targets: wanted one of all-linear, q_proj, k_proj, v_proj, o_proj, gate_proj", "got 'qkv'"),
+        ),
+        (
+            ("sft", "--model.lora.rank", "4", "--model.lora.targets", "lm_head"),
+            ("got 'lm_head'. Adapters on the embedding or the LM head are not supported.",),
+        ),
+        (("sft", "--model.lora.targets", "q_proj"), ("model.lora.rank: wanted at least 1 with settings for an",)),
+        (("sft", "--model.lora.rank", "4", "--model.adapter", "a"), ("model.lora.rank: wanted 0 with model.adapter",)),
         (("grpo", "nowhere.py"), ("config file: wanted an existing Python file with get_config(), got 'nowhere.py'",)),
         (("demo",), ("demo: wanted a config file first, got None", "kardia demo configs/demo.py")),
         (("demo", "--seeds", "3"), ("demo: wanted a config file first, got '--seeds 3'",)),
@@ -144,7 +154,7 @@ def test_a_config_file_that_gives_no_config_is_explained(name, text, wanted, ref
 def test_overrides_come_after_the_file(config_of, config_file, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(sft, "train_sft", lambda config, policy: seen.append(config))
-    monkeypatch.setattr(export, "export_policy", lambda *args, **kwargs: None)
+    monkeypatch.setattr(export, "export_final", lambda *args: None)
     path = config_file(config_of({"sft.batch": 5}))
     assert main(["sft", path, "--run.seed", "4", "--data.train_limit", "2", "--eval.turns", "last"]) == 0
     assert seen == [config_of({"sft.batch": 5, "run.seed": 4, "data.train_limit": 2, "eval.turns": "last"})]

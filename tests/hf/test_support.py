@@ -1,6 +1,6 @@
 import pathlib
 
-from kardia_jax.hf.support import rows, support_table, with_table
+from kardia_jax.hf.support import support_table, with_table
 from kardia_jax.hf.tables import FAMILIES
 
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "conversion.md"
@@ -12,6 +12,8 @@ def test_the_table_in_the_docs_is_the_generated_one():
     assert support_table() in text
 
 
-def test_every_family_has_its_line():
-    assert len(rows()) == len(FAMILIES)
-    assert all(row.architecture.endswith("ForCausalLM") for row in rows())
+def test_every_family_has_its_line_and_gguf_is_said_where_it_is_read():
+    lines = support_table().splitlines()[2:]
+    assert len(lines) == len(FAMILIES)
+    packed = {line.split("`")[1] for line in lines if "GGUF in" in line}
+    assert packed == {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"}

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from kardia_jax.hf.tables import (
     BACKBONE,
     HEAD,
+    POST_NORMS,
     QK_NORM,
     QKV_BIAS,
     Rule,
@@ -18,7 +19,7 @@ from kardia_jax.hf.tables import (
 from kardia_jax.model.spec import ModelSpec
 
 SIZES = {"V": 7, "D": 6, "F": 5, "L": 2, "H": 4, "K": 2, "E": 3}
-RULES = (*BACKBONE, *QKV_BIAS, *QK_NORM, HEAD)
+RULES = (*BACKBONE, *QKV_BIAS, *QK_NORM, *POST_NORMS, HEAD)
 
 
 def test_query_projection_by_hand():
@@ -55,3 +56,15 @@ def test_a_tied_model_has_no_head_and_paths_nest():
     assert entries(spec)["model.layers.1.self_attn.k_norm.weight"].layer == 1
     one = np.zeros(1)
     assert nested({"a.b": one, "a.c": one, "d.e": one}) == {"a": {"b": one, "c": one}, "d": {"e": one}}
+
+
+def test_the_norm_before_the_mlp_has_another_name_where_norms_stand_on_both_sides():
+    names = {}
+    for family in ("gemma", "gemma2"):
+        spec = ModelSpec(family, 7, 6, 5, 2, 4, 2, 4)
+        names[family] = {entry.rule.path: name for name, entry in entries(spec).items() if "layers.1." in name}
+    mlp_norm = "blocks.mlp_norm.scale"
+    assert names["gemma"][mlp_norm] == "model.layers.1.post_attention_layernorm.weight"
+    assert names["gemma2"][mlp_norm] == "model.layers.1.pre_feedforward_layernorm.weight"
+    after = names["gemma2"]["blocks.attention_post_norm.scale"]
+    assert after == "model.layers.1.post_attention_layernorm.weight"
