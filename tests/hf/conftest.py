@@ -58,6 +58,8 @@ def checkpoint(tmp_path) -> Callable[..., pathlib.Path]:
             words_tokenizer(tokens).save_pretrained(str(folder))
         return folder
 
+    return write
+
 
 class Written(NamedTuple):
     file: pathlib.Path
