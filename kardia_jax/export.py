@@ -108,6 +108,8 @@ def export(
     """
     if push is not None:
         hub.require_token(push)
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ConfigError("target", "a folder that is not and does not hold the source", str(target))
     if (source / "verb.json").is_file():
         table = None if results is None else read_results(results)
         whole = "float32" if dtype == "keep" else dtype

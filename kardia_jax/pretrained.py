@@ -28,7 +28,7 @@ from kardia_jax.config.errors import require
 from kardia_jax.dialogue.prompt import decode_completion
 from kardia_jax.hf import write
 from kardia_jax.hf.container import Dtype
-from kardia_jax.hf.folder import GENERATION, companions
+from kardia_jax.hf.folder import GENERATION, TOKENIZER_FILES, companions
 from kardia_jax.hf.read import load_arrays, require_tokenizer_fits, source_of
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.policy import Compute
@@ -133,7 +133,10 @@ def save(
         write.write_json(partial / GENERATION, policy.generation)
         for name, content in policy.origin.files.items():
             (partial / name).write_bytes(content)
-        if policy.tokenizer is not None and _description(policy.tokenizer) != policy.origin.tokenizer:
+        as_it_came = _description(policy.tokenizer) == policy.origin.tokenizer and set(TOKENIZER_FILES) & set(
+            policy.origin.files
+        )
+        if policy.tokenizer is not None and not as_it_came:
             policy.tokenizer.save_pretrained(str(partial))
 
 

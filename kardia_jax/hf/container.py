@@ -2,9 +2,9 @@
 
 In: a file and names, or shapes and a stream of tensors. Out: arrays, or a file that the safetensors library reads.
 
-    for name, tensor in read(file, stored(file)):          # one tensor in memory at a time
+    for name, tensor in read(stored(file)):                # one tensor in memory at a time
         ...
-    write(file, "bfloat16", {"model.norm.weight": (896,)}, [("model.norm.weight", scale)], refuse)
+    write(file, "bfloat16", {"model.norm.weight": (896,)}, lambda names: [(name, scale) for name in names], refuse)
 
 The library itself maps whole files to read them and wants all tensors of a file in memory to write one; here neither
 grows with the size of a shard. It still checks every header. Source: https://github.com/huggingface/safetensors,

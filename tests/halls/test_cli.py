@@ -84,7 +84,13 @@ def test_the_package_is_a_program():
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        (("frob",), ("verb: wanted one of demo, sft, grpo, eval, export, doctor, got 'frob'", "kardia VERB --help")),
+        (
+            ("frob",),
+            (
+                "verb: wanted one of demo, sft, grpo, eval, import, export, verify, doctor, got 'frob'",
+                "kardia VERB --help",
+            ),
+        ),
         (("grpo", "--grpo.grp", "3"), ("--grpo.grp", "--grpo.group", "kardia grpo --help")),
         (("grpo", "--grpo.loss.name", "ppo"), ("--grpo.loss.name", "'ppo'", "'cispo', 'gspo'")),
         (("grpo", "--grpo.group", "many"), ("--grpo.group", "'many'", "Completions per prompt")),
@@ -278,7 +284,8 @@ def test_the_way_of_a_checkpoint(checkpoint_dir, refused, capsys, tmp_path):
     assert main(["verify", str(checkpoint_dir), target, "--new-tokens", "4", "--prompts", "2"]) == 1
     assert "NOT the same" in capsys.readouterr().out
     assert "got one in use" in refused("import", str(checkpoint_dir), inside)
-    assert "apart from the source" in refused("export", inside, inside, "--overwrite")
+    assert "does not hold the source" in refused("export", inside, inside, "--overwrite")
+    assert "apart from the source" in refused("export", inside, inside + "/out")
     assert "max_shard_size: wanted a size such as 5GB" in refused(
         "export", inside, target + "2", "--max-shard-size", "5"
     )

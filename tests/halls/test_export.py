@@ -111,9 +111,12 @@ def test_a_run_is_exported_with_its_evaluation_in_shards_and_never_over_itself(t
     for piece in ("| reward | 0.500 [0.250, 0.750] |", "| macro_f1 | 1.000 |", 'license: "mit"', "## Limits"):
         assert piece in card
     assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
-    # A run has a config.json of its own and is no model to be overwritten.
+    for target in (config.run.dir, config.run.dir.parent):
+        with pytest.raises(ConfigError, match="target: wanted a folder that is not and does not hold the source"):
+            export(config.run.dir, target, overwrite=True)
+    # Another run has a config.json of its own and is no model to be overwritten.
     with pytest.raises(HfError, match="holds a model to overwrite"):
-        export(config.run.dir, config.run.dir, overwrite=True)
+        export_run(config.run.dir, config.run.dir, "float32", overwrite=True)
     assert (config.run.dir / "verb.json").is_file()
 
 

@@ -285,8 +285,9 @@ def test_a_conversion_holds_one_tensor_at_a_time(big, tmp_path):
 def test_reading_holds_the_parameters_and_one_tensor(big):
     size = BIG.parameter_count * 4
     assert peak_bytes(lambda: load_params(big, BIG)) < size + TENSORS_AT_ONCE * LARGEST
-    # On the CPU the arrays of JAX are not NumPy's: what is counted is beside the parameters.
-    assert peak_bytes(lambda: load_arrays(big, BIG)) < TENSORS_AT_ONCE * LARGEST
+    load_arrays(big, BIG)  # Compiles, so that the compiler's memory is not counted below.
+    # Buffers of JAX are not counted, but for the embedding: on the CPU it may go on living in NumPy's memory.
+    assert peak_bytes(lambda: load_arrays(big, BIG)) < (TENSORS_AT_ONCE + 1) * LARGEST < 0.8 * size
 
 
 def test_writing_parameters_holds_one_tensor_beside_them(tmp_path):
