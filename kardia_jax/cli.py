@@ -2,14 +2,18 @@
 
     kardia demo configs/demo.py --seeds 3
     kardia grpo configs/demo.py --run.dir runs/a --grpo.group 16
+    kardia import Qwen/Qwen2.5-0.5B-Instruct models/qwen --dtype bfloat16
     kardia export runs/a out/a --dtype bfloat16
+    kardia verify models/qwen --against transformers
 
 A config file is Python with ``get_config() -> Config``; what follows overrides its fields. Errors that a person can
-mend are one message on stderr and exit code 2 (1 for a run that stopped); anything else is a bug and shows its trace.
+mend are one message on stderr and exit code 2 (1 for a run that stopped, or checkpoints that differ);
+anything else is a bug and shows its trace.
 """
 
 import errno
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -27,10 +31,15 @@ USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
   sft      supervised warm start
   grpo     GRPO against the rubric judge
   eval     held-out evaluation of a policy
-  export   RUN_DIR TARGET: a run's newest checkpoint as a Hugging Face directory
+  import   SOURCE TARGET: a Hugging Face checkpoint, local or from the Hub, as a directory for --model.source
+  export   SOURCE TARGET: a run's newest checkpoint, or a model directory, as a Hugging Face directory
+  verify   A B: are two checkpoints the same model?  A --against transformers: does ours compute what theirs does?
   doctor   what this machine and this installation can do
 
   kardia VERB --help lists every field with its default. CONFIG.py is a Python file with get_config()."""
+
+
+SavedDtype = Literal["keep", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -43,17 +52,67 @@ class DemoArgs:
 
 
 @dataclass(frozen=True)
-class ExportArgs:
-    """A run's newest checkpoint as a Hugging Face directory."""
+class ImportArgs:
+    """A Hugging Face checkpoint as a directory that --model.source and kardia_jax.load read, tensor by tensor."""
 
-    run: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of a `kardia sft` or `kardia grpo` run."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A local directory, or a Hub id like owner/name."""
     target: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Folder to write; must not exist unless --overwrite."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the exported weights."""
+    dtype: SavedDtype = "keep"
+    """Type of the written weights; keep: the checkpoint's own."""
+    max_shard_size: str = "5GB"
+    """Largest weight file, like 5GB or 500MB."""
     overwrite: bool = False
     """Replace a folder that holds a model."""
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """A run's newest checkpoint, or a model directory, as a Hugging Face directory."""
+
+    source: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Folder of a `kardia sft` or `kardia grpo` run, or a model directory."""
+    target: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+    """Folder to write; must not exist unless --overwrite."""
+    dtype: SavedDtype = "keep"
+    """Type of the exported weights; keep: float32 of a run, a directory's own."""
+    max_shard_size: str = "5GB"
+    """Largest weight file, like 5GB or 500MB."""
+    overwrite: bool = False
+    """Replace a folder that holds a model."""
+    results: pathlib.Path | None = None
+    """An eval.json of `kardia eval`: its table goes on the model card of a run."""
+    licence: str = "apache-2.0"
+    """SPDX id on a card that is written anew; weights inherit the licence of what they started from."""
+    push: str | None = None
+    """Upload to this Hub repository (owner/name) afterwards."""
+    adapter: pathlib.Path | None = None
+    """Folder for the LoRA adapter alone, as PEFT reads it; TARGET holds the merged model either way."""
+
+
+@dataclass(frozen=True)
+class VerifyArgs:
+    """Are two checkpoints the same model? Exit code 0 if they are, 1 if not."""
+
+    a: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """A model directory."""
+    b: Annotated[pathlib.Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="B")] = None
+    """Another one, compared tensor by tensor and in what it answers."""
+    against: Literal["directory", "transformers"] = "directory"
+    """transformers: what A answers in our code and in transformers, which needs PyTorch."""
+    json: bool = False
+    """Print every number as JSON."""
+    prompts: int = 10
+    """Fixed prompts, at most 10; random ids for a model without tokenizer."""
+    new_tokens: int = 64
+    """Tokens of each greedy continuation."""
+    seed: int = 0
+    """Of the random ids."""
+    tolerance: float = 1e-4
+    """Largest difference of a logit or a log-prob (nats)."""
+    tensor_tolerance: float = 0.0
+    """Largest difference of a number in a tensor."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"verb: wanted one of {', '.join(VERBS)}, got {verb!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
     try:
-        VERBS[verb](arguments)
+        return VERBS[verb](arguments) or 0
     except (ValueError, OSError) as error:
         if not _is_ours(error):
             raise
@@ -91,7 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as done:  # tyro's: 0 after --help, 2 after a mistake that it has explained
         return done.code if isinstance(done.code, int) else 2
-    return 0
 
 
 def _is_ours(error: Exception) -> bool:
@@ -146,24 +204,24 @@ def _demo(arguments: list[str]) -> None:
 
 def _sft(arguments: list[str]) -> None:
     config = read_config("sft", arguments)
-    from kardia_jax.export import export_policy
+    from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
     from kardia_jax.sft import train_sft
 
     policy = train_sft(config, load_policy(config.model, config.run.seed))
-    export_policy(config, policy, "sft", config.run.dir / "hf", overwrite=True)
+    export_final(config, policy, "sft")
 
 
 def _grpo(arguments: list[str]) -> None:
     config = read_config("grpo", arguments)
-    from kardia_jax.export import export_policy
+    from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
     from kardia_jax.scoring import make_grader
     from kardia_jax.train import train_grpo
 
     policy = load_policy(config.model, config.run.seed)
     policy = train_grpo(config, policy, make_grader(config.judge, config.rewards))
-    export_policy(config, policy, "grpo", config.run.dir / "hf", overwrite=True)
+    export_final(config, policy, "grpo")
 
 
 def _eval(arguments: list[str]) -> None:
@@ -173,11 +231,49 @@ def _eval(arguments: list[str]) -> None:
     evaluate_and_report(config)
 
 
+def _import(arguments: list[str]) -> None:
+    args = tyro.cli(ImportArgs, prog="kardia import", args=arguments)
+    from kardia_jax.hf.convert import convert
+    from kardia_jax.hf.hub import local
+
+    convert(local(args.source), args.target, args.dtype, args.max_shard_size, args.overwrite)
+    print(f"imported to {args.target}")
+
+
 def _export(arguments: list[str]) -> None:
     args = tyro.cli(ExportArgs, prog="kardia export", args=arguments)
-    from kardia_jax.export import export_run
+    from kardia_jax.export import export
 
-    export_run(args.run, args.target, args.dtype, args.overwrite)
+    address = export(
+        args.source,
+        args.target,
+        args.dtype,
+        args.max_shard_size,
+        args.overwrite,
+        args.results,
+        args.licence,
+        args.push,
+        args.adapter,
+    )
+    print(f"exported to {args.target}" + (f" and {address}" if address else ""))
+
+
+def _verify(arguments: list[str]) -> int:
+    args = tyro.cli(VerifyArgs, prog="kardia verify", args=arguments)
+    from kardia_jax.verify import summary, verify
+
+    report = verify(
+        args.a,
+        args.b,
+        args.against,
+        args.prompts,
+        args.new_tokens,
+        args.seed,
+        args.tolerance,
+        args.tensor_tolerance,
+    )
+    print(json.dumps(report.as_json(), indent=2) if args.json else summary(report))
+    return 0 if report.agree else 1
 
 
 def _doctor(arguments: list[str]) -> None:
@@ -187,11 +283,13 @@ def _doctor(arguments: list[str]) -> None:
     diagnose()
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": _demo,
     "sft": _sft,
     "grpo": _grpo,
     "eval": _eval,
+    "import": _import,
     "export": _export,
+    "verify": _verify,
     "doctor": _doctor,
 }

@@ -19,7 +19,7 @@ from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.intervals import Interval
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.results import results_table, wide_console
-from kardia_jax.policies import Policy, load_policy
+from kardia_jax.policies import Policy, load_policy, with_new_adapter
 from kardia_jax.scoring import Grader, make_grader
 from kardia_jax.sft import train_sft
 from kardia_jax.train import train_grpo
@@ -76,6 +76,8 @@ def _one_seed(config: Config, grader: Grader, timer: PhaseTimer) -> tuple[Policy
         policy = train_sft(_with_run(config, config.run.seed, root / "sft"), policy)
     keep("sft", policy)
     with timer.phase("grpo"):
+        # With LoRA each stage trains an adapter of its own, and the reference of GRPO is the warm start.
+        policy = with_new_adapter(policy, config.model.lora, config.run.seed)
         policy = train_grpo(_with_run(config, config.run.seed, root / "grpo"), policy, grader)
     keep("grpo", policy)
     return policy, evaluations

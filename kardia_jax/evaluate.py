@@ -37,6 +37,7 @@ from kardia_jax.rewards.rubric import Rubric
 from kardia_jax.rollout.engine import Sampler, sample
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.scoring import Graded, Grader, check_failures, grade, rollout_rows
+from kardia_jax.types import Params
 
 LOWEST_MARK = 1.0
 
@@ -88,16 +89,16 @@ def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
     check_positions(policy.spec, config.data.max_prompt_tokens, config.eval.sampler.max_new_tokens, "eval.sampler")
     prompts, settings = held_out_prompts(config, policy), config.eval
     sampler = sampler_of(policy, make_generate(policy.spec, compute_for(config.model)))
-    texts_P_G = []
+    params, texts_P_G = policy.full(), []
     for start in range(0, len(prompts), settings.batch):
-        texts_P_G += _answers(sampler, policy, prompts, start, settings, config.run.seed)
+        texts_P_G += _answers(sampler, params, prompts, start, settings, config.run.seed)
     graded = grade(grader, prompts, texts_P_G)
     check_failures(graded, config.judge)
     return _collect(prompts, texts_P_G, graded, grader.rubric)
 
 
 def _answers(
-    sampler: Sampler, policy: Policy, prompts: Sequence[Prompt], start: int, settings: EvalConfig, seed: int
+    sampler: Sampler, params: Params, prompts: Sequence[Prompt], start: int, settings: EvalConfig, seed: int
 ) -> list[list[str]]:
     """One batch; the last one is filled up with its first prompt, so that every batch has the same shape."""
     ids = list(range(start, min(start + settings.batch, len(prompts))))
@@ -105,7 +106,7 @@ def _answers(
     keys = row_keys(seed, Purpose.EVALUATION, 0, jnp.array(filled), settings.samples)
     controls = Controls.from_config(settings.sampler)
     rows = [prompts[i].tokens for i in filled]
-    sampled = sample(sampler, policy.params, rows, keys, controls, settings.sampler.max_new_tokens)
+    sampled = sample(sampler, params, rows, keys, controls, settings.sampler.max_new_tokens)
     return sampled.texts_P_G[: len(ids)]
 
 

@@ -20,6 +20,8 @@ class Purpose(enum.IntEnum):
     INIT = 0
     ROLLOUT = 1
     EVALUATION = 2
+    ADAPTER = 3
+    DROPOUT = 4
 
 
 def key_for(seed: int, purpose: Purpose, *path: int | Int[Array, ""]) -> Key[Array, ""]:

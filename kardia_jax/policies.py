@@ -12,6 +12,7 @@ it has room and by growing the table otherwise; their rows start from the mean o
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -19,16 +20,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kardia_jax.config import ConfigError, ModelConfig
+from kardia_jax.config import FULL, ConfigError, LoraConfig, ModelConfig
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.dialogue.spans import END_TAG, TAGS
-from kardia_jax.hf.read import load_params
+from kardia_jax.hf import gguf
+from kardia_jax.hf.peft import load_adapter
+from kardia_jax.hf.read import load_arrays
 from kardia_jax.keys import Purpose, key_for
+from kardia_jax.model.lora import init_adapter, joined, merged_model
 from kardia_jax.model.policy import init
 from kardia_jax.model.shapes import named_shape
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.rollout.engine import Generate, Sampler
-from kardia_jax.types import Params
+from kardia_jax.types import NOTHING, Params
 
 
 class Policy(NamedTuple):
@@ -36,10 +40,22 @@ class Policy(NamedTuple):
 
     spec: ModelSpec
     params: Params
-    """Float32 masters."""
+    """What is trained: the whole model or its adapter, float32 masters."""
     tokenizer: PreTrainedTokenizerBase
     end_ids: tuple[int, ...]
     """Ids that end a turn: the tokenizer's and the model's end-of-sequence tokens."""
+    frozen: Params = NOTHING
+    """The base under an adapter; nothing when the whole model is trained."""
+    lora: LoraConfig = FULL
+
+    def full(self, trained: Params | None = None) -> Params:
+        """The parameters that the model reads, from these trained ones or the policy's own."""
+        return joined(self.lora, self.frozen, self.params if trained is None else trained)
+
+    def reference(self) -> Params:
+        """What a KL term compares with: the base under the adapter, or a copy of the whole model, since the first
+        update takes the policy's own arrays."""
+        return self.frozen or jax.tree.map(jnp.copy, self.params)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -72,8 +88,41 @@ def sampler_of(policy: Policy, generate: Generate) -> Sampler:
 
 
 def load_policy(config: ModelConfig, seed: int) -> Policy:
-    """The policy that the config names; errors say what was wanted and what the directory holds."""
+    """The policy that the config names, with its adapter; errors say what was wanted and what the directory holds."""
+    whole = load_whole(config, seed)
+    if config.adapter is not None:
+        lora, adapter = load_adapter(config.adapter, whole.spec)
+        return adapted(whole, dataclasses.replace(lora, base=config.lora.base), adapter)
+    return with_new_adapter(whole, config.lora, seed)
+
+
+def with_new_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
+    """The policy, merged, as the frozen base of a new adapter; as it is where none is wanted."""
+    if not lora.rank:
+        return policy
+    whole = merged_model(policy.full())
+    return adapted(policy._replace(params=whole), lora, init_adapter(lora, whole, key_for(seed, Purpose.ADAPTER)))
+
+
+def adapted(whole: Policy, lora: LoraConfig, adapter: Params) -> Policy:
+    """The whole model frozen under this adapter; says so when the span tags cannot be told apart."""
+    table = whole.params["embed"]["embedding"]
+    tags = table[jnp.array([token_id(whole.tokenizer, tag) for tag in TAGS])]
+    if (tags == tags[0]).all():
+        print(
+            "model.lora: the span tags are new to this model, and an adapter trains no embeddings: all eight look "
+            "alike to it. Train the whole model first (`kardia sft` without model.lora), and start from that.",
+            file=sys.stderr,
+        )
+    frozen = jax.tree.map(lambda leaf: leaf.astype(lora.base), whole.params)
+    return whole._replace(params=adapter, frozen=frozen, lora=lora)
+
+
+def load_whole(config: ModelConfig, seed: int) -> Policy:
+    """The model that ``source`` names, every parameter of it to be trained."""
     folder = pathlib.Path(config.source)
+    if gguf.is_gguf(folder):
+        return _from_gguf(folder)
     if folder.is_dir():
         return _from_directory(folder, config)
     if len(folder.parts) > 1:
@@ -136,8 +185,14 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     spec = ModelSpec.from_hf(_read_json(folder / "config.json"))
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if has_tokenizer else config.tokenizer)
-    params = jax.tree.map(jnp.asarray, load_params(folder, spec))
-    return _assembled(spec, params, tokenizer, _generation_ends(folder))
+    return _assembled(spec, load_arrays(folder, spec), tokenizer, _generation_ends(folder))
+
+
+def _from_gguf(path: pathlib.Path) -> Policy:
+    """The tokenizer is the file's own; packed weights become float32 masters."""
+    described = gguf.config(path)
+    spec = ModelSpec.from_hf(described)
+    return _assembled(spec, load_arrays(path, spec), gguf.tokenizer(path), _ends(described.get("eos_token_id")))
 
 
 def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Policy:
@@ -163,5 +218,8 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
 def _generation_ends(folder: pathlib.Path) -> frozenset[int]:
     """``eos_token_id`` of generation_config.json: models such as Qwen stop at more ids than their tokenizer names."""
     file = folder / "generation_config.json"
-    ends = _read_json(file).get("eos_token_id") if file.is_file() else None
-    return frozenset([ends] if isinstance(ends, int) else ends or [])
+    return _ends(_read_json(file).get("eos_token_id") if file.is_file() else None)
+
+
+def _ends(ids: int | list[int] | None) -> frozenset[int]:
+    return frozenset([ids] if isinstance(ids, int) else ids or [])

@@ -11,16 +11,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from kardia_jax.config import ModelConfig
-from kardia_jax.grpo.update import Forward, Objective, Update, completion_mask, make_update
+from kardia_jax.config import FULL, LoraConfig, ModelConfig
+from kardia_jax.grpo.update import Objective, completion_mask, make_update
+from kardia_jax.keys import Purpose, key_for
+from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_logprobs
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.rollout.engine import Generate
 from kardia_jax.rollout.sampler import generate
-from kardia_jax.types import GroupBatch, Params
+from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
 
+CompiledUpdate = Callable[..., tuple[TrainState, dict[str, Mean]]]
+"""(state, batch, frozen) -> (state, undivided metrics); without ``frozen`` the state holds the whole model."""
 Score = Callable[[Params, GroupBatch, Float[Array, ""]], tuple[Array, Array]]
 
 
@@ -59,10 +63,12 @@ def make_score(spec: ModelSpec, compute: Compute) -> Score:
     return jax.jit(functools.partial(score, spec, compute))
 
 
-def _forward(
-    spec: ModelSpec, compute: Compute, temperature: float, params: Params, batch: GroupBatch
-) -> tuple[Array, Array]:
-    return score(spec, compute, params, batch, jnp.float32(temperature))
+def learner_params(
+    lora: LoraConfig, seed: int, frozen: Params, trained: Params, step: Int[Array, ""], place: Int[Array, ""]
+) -> Params:
+    """What the gradient pass reads: as everywhere else, with the adapter's dropout if it has one."""
+    params = joined(lora, frozen, trained)
+    return with_dropout(params, lora.dropout, key_for(seed, Purpose.DROPOUT, step, place)) if lora.dropout else params
 
 
 def make_compiled_update(
@@ -72,7 +78,20 @@ def make_compiled_update(
     optimizer: optax.GradientTransformation,
     temperature: float,
     micro_batches: int,
-) -> Update:
-    """One update, compiled; the state is donated, so the caller must not use the old one again."""
-    forward: Forward = functools.partial(_forward, spec, compute, temperature)
-    return jax.jit(make_update(forward, objective, optimizer, micro_batches), donate_argnums=0)
+    lora: LoraConfig = FULL,
+    seed: int = 0,
+) -> CompiledUpdate:
+    """One update, compiled; the state is donated, so the caller must not use the old one again.
+
+    ``frozen`` is an argument of the program and stays the caller's. Masks of dropout follow from (seed, update,
+    micro-batch).
+    """
+
+    def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
+        def forward(trained: Params, part: GroupBatch, place: Int[Array, ""]) -> tuple[Array, Array]:
+            params = learner_params(lora, seed, frozen, trained, state.step, place)
+            return score(spec, compute, params, part, jnp.float32(temperature))
+
+        return make_update(forward, objective, optimizer, micro_batches)(state, batch)
+
+    return jax.jit(update, donate_argnums=0)

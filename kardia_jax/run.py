@@ -5,7 +5,7 @@
     runs/x/checkpoints/120   state after update 120, complete or absent
     runs/x/metrics.jsonl     one line per step
     runs/x/rollouts.jsonl    sampled completions with every score (grpo)
-    runs/x/hf                the trained policy as a Hugging Face directory
+    runs/x/hf                the trained policy as a Hugging Face directory; with LoRA also runs/x/adapter
 
 A resumed run starts from the newest checkpoint, cuts both files back to its step and writes them again, the same.
 """

@@ -34,8 +34,9 @@ def train_sft(config: Config, policy: Policy) -> Policy:
     longest = max(len(example.completion_tokens) for example in examples.examples)
     check_positions(policy.spec, max(len(e.prompt.tokens) for e in examples.examples), longest, "sft")
     groups = conversations(examples.examples)
-    answers = max(len(group) for group in groups)
-    order = batches(groups, config.sft.batch, config.run.seed)
+    order = batches(
+        groups, config.sft.batch, config.run.seed, length=conversation_size, window=config.sft.length_window
+    )
     steps = order.steps_for(config.sft.epochs)
 
     # ---- Program and state
@@ -49,6 +50,8 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         optimizer,
         temperature=1.0,
         micro_batches=config.sft.micro_batches,
+        lora=policy.lora,
+        seed=config.run.seed,
     )
 
     # ---- Loop
@@ -58,9 +61,9 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         report_data(run.console, loaded, examples.problems, used)
         for step in range(run.first_step, steps):
             with run.timer.phase("batch"):
-                batch = sft_batch(order[step], answers, policy.pad_id)
+                batch = sft_batch(order[step], policy.pad_id)
             with run.timer.phase("update"):
-                state, means = update(state, batch)
+                state, means = update(state, batch, policy.frozen)
                 metrics = values(to_host(means))
             check_progress(state, config.sft.optimizer.max_bad_steps, "sft.optimizer")
             tokens = float(batch.prompt_lengths.max(1).sum() + batch.completion_lengths.sum())
@@ -95,8 +98,15 @@ def conversations(examples: Sequence[Example]) -> list[list[Example]]:
     return groups
 
 
-def sft_batch(groups: Sequence[Sequence[Example]], size: int, pad_id: int) -> GroupBatch:
-    """Conversations with up to ``size`` answers each, right-padded; rows without an answer are left out of the loss."""
+def conversation_size(group: Sequence[Example]) -> tuple[int, int]:
+    """What decides the padded shape of a conversation: answers, then tokens of the whole prompt."""
+    return len(group), len(group[-1].prompt.tokens)
+
+
+def sft_batch(groups: Sequence[Sequence[Example]], pad_id: int) -> GroupBatch:
+    """Conversations with their answers, right-padded to the one with the most; rows without an answer are left out of
+    the loss."""
+    size = max(len(group) for group in groups)
     prompt_tokens, _ = pad_rows([group[-1].prompt.tokens for group in groups], pad_id)
     rows = [[*group, *[None] * (size - len(group))] for group in groups]
     flat = [example for row in rows for example in row]

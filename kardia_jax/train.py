@@ -1,8 +1,8 @@
 """GRPO against a rubric judge: sample groups, grade them, update.
 
 In: a config, a policy to start from, a grader. Out: the trained policy. The policy that comes in stays as the reference
-when ``beta`` is above 0. Every random choice is derived from (seed, step, prompt, sample), so the loop holds no
-random state and a resumed run repeats an uninterrupted one bit for bit.
+when ``beta`` is above 0; with an adapter, the base under it does. Every random choice is derived from (seed, step,
+prompt, sample), so the loop holds no random state and a resumed run repeats an uninterrupted one bit for bit.
 """
 
 from collections.abc import Sequence
@@ -54,14 +54,13 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     rate = learning_rate(grpo.optimizer, updates)
     objective = grpo_objective(make_loss(grpo.loss, grpo.sampler.max_new_tokens))
     update = make_compiled_update(
-        policy.spec, compute, objective, optimizer, grpo.sampler.temperature, grpo.micro_batches
+        policy.spec, compute, objective, optimizer, grpo.sampler.temperature, grpo.micro_batches, policy.lora, seed
     )
     controls = Controls.from_config(grpo.sampler)
 
     # ---- State
     fresh = init_state(policy.params, optimizer)
-    # The state is donated to the first update, and the caller's parameters with it: the reference is a copy.
-    reference = jax.tree.map(jnp.copy, policy.params) if grpo.loss.beta > 0 else None
+    reference = policy.reference() if grpo.loss.beta > 0 else None
 
     # ---- Loop
     with open_run(config, "grpo", steps, fresh) as run:
@@ -74,10 +73,11 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
                 asked = [prompts.prompts[i] for i in ids]
                 keys = row_keys(seed, Purpose.ROLLOUT, step, jnp.array(ids), grpo.group)
                 rows = [prompt.tokens for prompt in asked]
-                sampled = sample(sampler, state.params, rows, keys, controls, grpo.sampler.max_new_tokens)
+                params = policy.full(state.params)
+                sampled = sample(sampler, params, rows, keys, controls, grpo.sampler.max_new_tokens)
             # ---- Grade; the device works on the reference meanwhile
             batch = rollout_batch(sampled, grpo)
-            batch = with_logprobs(batch, score, state.params, reference, grpo)
+            batch = with_logprobs(batch, score, params, reference, grpo)
             with timer.phase("judge"):
                 graded = grade(grader, asked, sampled.texts_P_G)
                 check_failures(graded, config.judge)
@@ -92,7 +92,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
             with timer.phase("update"):
                 parts = []
                 for part in minibatches(batch, grpo):
-                    state, means = update(state, part)
+                    state, means = update(state, part, policy.frozen)
                     parts.append(to_host(means))
             check_progress(state, grpo.optimizer.max_bad_steps, "grpo.optimizer")
             # ---- Report

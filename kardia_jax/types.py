@@ -17,6 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 Params = dict[str, Any]
 """Nested dict of arrays; the layout is drawn in ``kardia_jax/model/layers.py``."""
 
+NOTHING: Params = {}
+"""The frozen parameters of a policy that is trained whole."""
+
 
 class Mean(NamedTuple):
     """A mean that has not been divided yet: add sums and weights over micro-batches and devices, divide once.
@@ -71,6 +74,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: Params
+    """What is trained: the whole model, or its adapter."""
     opt_state: Any
     bad_steps: Int[Array, ""]
     """Updates skipped in a row because a gradient was not finite."""

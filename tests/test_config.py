@@ -18,6 +18,7 @@ from kardia_jax.config import (
     EvalConfig,
     GrpoConfig,
     JudgeConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -221,14 +222,17 @@ def test_ratio_bounds_by_preset():
 
 # ---- there and back
 
-OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7)
+OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7, 0.125)
 OTHER = Config(
     run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow")),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
-    model=ModelConfig("out/hf", "out/tokenizer", "bfloat16", "dots", 16),
+    model=ModelConfig(
+        *("out/hf", "out/tokenizer", "bfloat16", "dots", 16, 3),
+        lora=LoraConfig(8, 32.0, ("q_proj", "v_proj"), 0.25, "rslora", "bfloat16"),
+    ),
     rewards=RewardConfig(0.5, 0.25, 0.125),
     judge=JudgeConfig(max_failure_share=0.25, min_valid=3),
-    sft=SftConfig(0.5, 6, 3, OTHER_OPTIMIZER),
+    sft=SftConfig(0.5, 6, 3, 4, OTHER_OPTIMIZER),
     grpo=GrpoConfig(
         steps=11,
         epochs=1.5,
@@ -267,8 +271,8 @@ OTHER = Config(
     ),
     eval=EvalConfig(SamplerConfig(0.25, 5, 0.5, 0.25, 44), 3, 2, "last"),
 )
-# One choice only, and a switch that belongs to one preset.
-FIXED = {"judge.kind", "grpo.loss.cispo_clip"}
+# One choice only, a switch that belongs to one preset, and an adapter's directory, which names its own rank.
+FIXED = {"judge.kind", "grpo.loss.cispo_clip", "model.adapter"}
 
 
 def test_the_other_tree_differs_from_the_default_everywhere():

@@ -25,7 +25,7 @@ def rows(seed: int = 0, purpose: Purpose = Purpose.ROLLOUT, step: int = 0, promp
 def test_the_numbers_of_purposes_are_frozen():
     # A checkpoint stores no key: renumbering a stream would change what a resumed run draws.
     numbers = {purpose.name: purpose.value for purpose in Purpose}
-    frozen = {"INIT": 0, "ROLLOUT": 1, "EVALUATION": 2}
+    frozen = {"INIT": 0, "ROLLOUT": 1, "EVALUATION": 2, "ADAPTER": 3, "DROPOUT": 4}
     assert frozen.items() <= numbers.items()
     assert len(set(numbers.values())) == len(numbers)
 

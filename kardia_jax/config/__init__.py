@@ -1,6 +1,7 @@
 """Everything a run can be told; see ``tree``."""
 
 from kardia_jax.config.errors import ConfigError
+from kardia_jax.config.lora import FULL, LoraConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 from kardia_jax.config.tree import (
     Config,
@@ -20,6 +21,7 @@ from kardia_jax.config.tree import (
 )
 
 __all__ = [
+    "FULL",
     "AdvantageConfig",
     "Config",
     "ConfigError",
@@ -27,6 +29,7 @@ __all__ = [
     "EvalConfig",
     "GrpoConfig",
     "JudgeConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",

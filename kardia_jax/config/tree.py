@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kardia_jax.config.errors import check_choices, require
+from kardia_jax.config.lora import LoraConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 
 
@@ -78,7 +79,7 @@ class ModelConfig:
     """Which policy to start from."""
 
     source: str = "tiny-qwen3"
-    """Name of a built-in random model (see `kardia doctor`), or a local Hugging Face directory."""
+    """Name of a built-in random model (see `kardia doctor`), a local Hugging Face directory or a GGUF file."""
     tokenizer: str = "mini"
     """`mini` (the shipped tokenizer), or a local directory; ignored where the model's own directory has one."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
@@ -89,8 +90,15 @@ class ModelConfig:
     """Completion tokens per slice of the LM head in the learner: memory is head_chunk x vocabulary floats."""
     unroll: int = 1
     """Blocks per trip of the scan over layers: more saves copies of activations and compiles longer."""
+    adapter: pathlib.Path | None = None
+    """PEFT directory of a LoRA adapter to go on from; its own config names rank, alpha, targets and dropout."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        fix = "Leave it out: the adapter's own config names rank, alpha, targets and dropout."
+        require(
+            self.adapter is None or self.lora.rank == 0, "model.lora.rank", "0 with model.adapter", self.lora.rank, fix
+        )
         require(self.head_chunk >= 1, "model.head_chunk", "at least 1", self.head_chunk)
         require(self.unroll >= 1, "model.unroll", "at least 1", self.unroll)
 
@@ -155,7 +163,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping and a schedule, by optax."""
+    """AdamW, or Muon for matrices beside it, with clipping and a schedule, by optax."""
 
     learning_rate: float = 1e-6
     """Peak learning rate."""
@@ -177,10 +185,14 @@ class OptimizerConfig:
     """Global gradient norm above which the gradient is scaled down; 0 never clips."""
     max_bad_steps: int = 5
     """Updates in a row with a gradient that is not finite before the run stops."""
+    muon_learning_rate: float | None = None
+    """Peak learning rate of Muon, which then trains the blocks' matrices and leaves the rest to Adam; none is off."""
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
         require(rate >= 0, "optimizer.learning_rate", "0 or more", rate)
+        muon = self.muon_learning_rate
+        require(muon is None or muon >= 0, "optimizer.muon_learning_rate", "none, 0 or more", muon)
         for name in ("warmup_share", "final_share"):
             require(0 <= getattr(self, name) <= 1, f"optimizer.{name}", "a share in [0, 1]", getattr(self, name))
         for name in ("beta1", "beta2"):
@@ -201,11 +213,14 @@ class SftConfig:
     """Conversations in one update; each brings one example per assistant turn, and all share its prompt."""
     micro_batches: int = 1
     """Slices of a batch whose gradients are added before the update; lowers memory, changes nothing else."""
+    length_window: int = 16
+    """Batches drawn together, so that conversations of like length share one and less is padded; 1 is off."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "sft.epochs", "more than 0", self.epochs)
         require(self.batch >= 1, "sft.batch", "at least 1", self.batch)
+        require(self.length_window >= 1, "sft.length_window", "at least 1", self.length_window)
         _check_split("sft", self.batch, self.micro_batches)
 
 
@@ -291,6 +306,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self.model.lora.check_used()
         least, group = self.judge.min_valid, self.grpo.group
         require(
             least <= group, "judge.min_valid", f"at most grpo.group = {group}", least, "Every group would be left out."

@@ -9,14 +9,18 @@ Five items in batches of two, each epoch shuffled anew:
     step     0     1     2     3     4
     items   c a   e b   d|b   e a   d c       | is where the second epoch begins, in the middle of step 2
 
+Padding costs as much as text, so items of like length can be put together: ``window`` batches are drawn at once,
+sorted by ``length``, cut, and shuffled as whole batches. What is drawn in a window does not change.
+
 Several processes each take their slice of the same global batch: joined by process index they are the batch
 that one process would have taken.
 """
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grain
 
@@ -34,14 +38,24 @@ class Batches(Generic[Item]):
     shards: int
     order: grain.MapDataset[int]
     """Index of the n-th item ever drawn."""
+    seed: int
+    length: Callable[[Item], Any] | None
+    """Sort key inside a window; None leaves the items as they were drawn."""
+    window: int
+    """Batches that are drawn and sorted together."""
 
     def __getitem__(self, step: int) -> list[Item]:
         """This shard's items of one step, ``batch / shards`` of them; IndexError for a step below 0."""
         if step < 0:
             raise IndexError(f"step: wanted 0 or more, got {step}.")
+        window, place = divmod(step, self.window)
+        first = window * self.window * self.batch
+        drawn = [self._drawn(n) for n in range(first, first + self.window * self.batch)]
+        if self.length is not None:
+            drawn.sort(key=self.length)
         size = self.batch // self.shards
-        start = step * self.batch + self.shard * size
-        return [self._drawn(n) for n in range(start, start + size)]
+        start = self._place(window, place) * self.batch + self.shard * size
+        return drawn[start : start + size]
 
     @property
     def steps_per_epoch(self) -> float:
@@ -56,17 +70,32 @@ class Batches(Generic[Item]):
         """Steps until every item has come ``epochs`` times, rounded up, at least 1."""
         return max(1, math.ceil(epochs * len(self.items) / self.batch))
 
+    def _place(self, window: int, place: int) -> int:
+        """Which batch of the sorted window comes at this place; without the shuffle lengths would rise and fall."""
+        order = list(range(self.window))
+        random.Random(f"{self.seed} {window}").shuffle(order)
+        return order[place]
+
     def _drawn(self, n: int) -> Item:
         index = self.order[n]
         assert index is not None
         return self.items[index]
 
 
-def batches(items: Sequence[Item], batch: int, seed: int, shard: int = 0, shards: int = 1) -> Batches[Item]:
-    """Endless shuffled batches of ``items``.
+def batches(
+    items: Sequence[Item],
+    batch: int,
+    seed: int,
+    shard: int = 0,
+    shards: int = 1,
+    length: Callable[[Item], Any] | None = None,
+    window: int = 1,
+) -> Batches[Item]:
+    """Endless shuffled batches of ``items``; with ``length``, items alike in it share a batch (see the module).
 
     ``batch`` counts over all shards. Raises ValueError without items, for a batch below 1 or one that the
-    shards do not divide, and for a shard outside [0, shards).
+    shards do not divide, and for a shard outside [0, shards),
+    and for a window below 1.
     """
     if not items:
         raise ValueError("items: wanted at least one, got none.")
@@ -74,8 +103,10 @@ def batches(items: Sequence[Item], batch: int, seed: int, shard: int = 0, shards
         raise ValueError(f"batch: wanted a positive multiple of shards = {shards}, got {batch}.")
     if not 0 <= shard < shards:
         raise ValueError(f"shard: wanted 0 to {shards - 1}, got {shard}.")
+    if window < 1:
+        raise ValueError(f"window: wanted at least 1, got {window}.")
     order = grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
-    return Batches(items, batch, shard, shards, order)
+    return Batches(items, batch, shard, shards, order, seed, length, window)
 
 
 def length_buckets(n: int) -> int:

@@ -12,13 +12,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kardia_jax.grpo.losses import LossFn, LossInputs
 from kardia_jax.types import GroupBatch, Mean, Params, TrainState
 
-Forward = Callable[[Params, GroupBatch], tuple[Float[Array, "P G T"], Float[Array, "P G T"]]]
-"""(params, batch) -> log-prob of each completion token, entropy of its distribution."""
+Forward = Callable[[Params, GroupBatch, Int[Array, ""]], tuple[Float[Array, "P G T"], Float[Array, "P G T"]]]
+"""(what is trained, batch, place among the micro-batches) -> log-prob of each completion token, entropy of its
+distribution."""
 
 Objective = Callable[[GroupBatch, Float[Array, "P G T"], Float[Array, "P G T"]], tuple[Mean, dict[str, Mean]]]
 """(batch, policy_logprobs, entropy) -> undivided loss and undivided metrics."""
@@ -84,18 +85,20 @@ def make_update(
     """The function (state, batch) -> (state, metrics); metrics are undivided means and ``grad_norm``-like scalars
     of weight 1."""
 
-    def undivided(params: Params, batch: GroupBatch) -> tuple[Float[Array, ""], tuple[Mean, dict[str, Mean]]]:
-        loss, metrics = objective(batch, *forward(params, batch))
+    def undivided(
+        params: Params, batch: GroupBatch, place: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[Mean, dict[str, Mean]]]:
+        loss, metrics = objective(batch, *forward(params, batch, place))
         return loss.sum, (loss, metrics)
 
     def update(state: TrainState, batch: GroupBatch) -> tuple[TrainState, dict[str, Mean]]:
         gradient_of = jax.grad(undivided, has_aux=True)
-        pieces = split(batch, micro_batches)
+        pieces = split(batch, micro_batches), jnp.arange(micro_batches)
         first = jax.tree.map(lambda x: x[0], pieces)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, state.params, first))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, state.params, *first))
 
-        def add(total, piece: GroupBatch):
-            return jax.tree.map(jnp.add, total, gradient_of(state.params, piece)), None
+        def add(total, piece: tuple[GroupBatch, Int[Array, ""]]):
+            return jax.tree.map(jnp.add, total, gradient_of(state.params, *piece)), None
 
         (gradient, (loss, metrics)), _ = jax.lax.scan(add, zeros, pieces)
         weight = jnp.maximum(loss.weight, 1e-8)

@@ -12,6 +12,7 @@ A new family is a new tuple in ``FAMILIES`` and a row in ``kardia_jax.model.fami
 """
 
 import math
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -27,6 +28,15 @@ Sizes = dict[str, int]
 
 class HfError(ValueError):
     """A directory that cannot be read or written: names it, what was wanted, what came and what to do."""
+
+
+class Found(NamedTuple):
+    """A tensor as the header of its file describes it."""
+
+    name: str
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Rule(NamedTuple):
@@ -183,7 +193,7 @@ def leaf(params: Params, path: str) -> Any:
     return node
 
 
-def nested(leaves: dict[str, np.ndarray]) -> Params:
+def nested(leaves: dict[str, Any]) -> Params:
     """Arrays by dotted path, as the nested dict that the model reads."""
     params: Params = {}
     for path, array in leaves.items():

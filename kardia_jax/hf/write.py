@@ -1,30 +1,32 @@
-"""Parameters into a directory that ``transformers`` loads; complete, or not there.
+"""A model into a directory that ``transformers`` loads; complete, or not there.
 
-In: parameters, spec, tokenizer, the ids that end an answer, the text of the model card. Out:
+In: tensors by Hugging Face name (out of parameters, or out of another checkpoint), spec, tokenizer, the text of the
+model card. Out:
 
     dir/model.safetensors            or model-00001-of-00002.safetensors ... and model.safetensors.index.json
     dir/config.json  generation_config.json  tokenizer.json ...  README.md
 
     save_directory(run_dir / "hf", params, spec, tokenizer, stop_ids=[2, 11], card=model_card(...))
 
-Everything is written into a hidden sibling folder, which takes its name at the end. Tensors go through one
-shard at a time, so the peak is one shard beside the parameters.
+Everything is written into a hidden sibling folder, which takes its name at the end. Tensors go through one at a time,
+so beside the parameters there is the largest tensor, whatever the size of a shard.
 """
 
+import contextlib
+import functools
 import json
 import math
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from kardia_jax.hf.read import INDEX, SINGLE, Dtype
+from kardia_jax.hf.container import Dtype, OnBadNumber, write
+from kardia_jax.hf.folder import INDEX, SINGLE
 from kardia_jax.hf.tables import EMBED, HfError, entries, hf_shape, leaf, sizes, to_hf
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
@@ -38,6 +40,9 @@ FREE_SPACE_MARGIN = 1.1
 
 Shard = list[str]
 """Names of the tensors in one file."""
+
+Tensors = Callable[[list[str]], Iterable[tuple[str, np.ndarray]]]
+"""Names -> (name, tensor as Hugging Face has it), in the same order."""
 
 
 def save_directory(
@@ -58,24 +63,62 @@ def save_directory(
     finite.
     """
     _require_tokens(spec, tokenizer, stop_ids)
-    _require_target(dir, overwrite)
-    limit = shard_bytes(max_shard_size)
-    shards = plan_shards(spec, jnp.dtype(dtype).itemsize, limit)
-    _require_space(dir, spec, jnp.dtype(dtype).itemsize)
-    partial = dir.with_name(f".{dir.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_weights(partial, params, spec, shards, dtype)
+    with published(dir, spec, dtype, overwrite) as partial:
+        write_weights(partial, functools.partial(tensors, params, spec), spec, dtype, max_shard_size)
         _write_configs(partial, spec, tokenizer, stop_ids, dtype)
         tokenizer.save_pretrained(str(partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
-        _take_name(partial, dir)
-    except (OSError, SafetensorError) as error:
+
+
+@contextlib.contextmanager
+def published(dir: pathlib.Path, spec: ModelSpec, dtype: Dtype, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A hidden folder to write a model into, which takes the name ``dir`` when the block ends without an error.
+
+    Raises HfError for a target in use and a disk without room, both before the block, and for a disk that fills in it.
+    """
+    _require_target(dir, overwrite)
+    _require_space(dir, spec, jnp.dtype(dtype).itemsize)
+    place = dir.absolute()
+    partial = place.with_name(f".{place.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        _take_name(partial, place)
+    except OSError as error:
         fix = "Free some space, or choose another folder."
         raise HfError(f"{dir}: could not be written: {error}. Nothing was left behind. {fix}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse(dtype: Dtype, name: str, was_finite: bool) -> None:
+    """Raises HfError for a weight that is NaN or infinite, or becomes so in this dtype."""
+    fix = "Choose a wider dtype." if was_finite else "Export an earlier checkpoint."
+    raise HfError(f"{name}: wanted finite {dtype} weights, got NaN or infinity. {fix}")
+
+
+def write_weights(
+    dir: pathlib.Path,
+    stream: Tensors,
+    spec: ModelSpec,
+    dtype: Dtype,
+    max_shard_size: str = "5GB",
+    on_bad_number: OnBadNumber | None = None,
+) -> None:
+    """One safetensors file, or shards up to this size with their index; bad numbers are refused unless told else."""
+    table, lengths, size = entries(spec), sizes(spec), jnp.dtype(dtype).itemsize
+    shards = plan_shards(spec, size, shard_bytes(max_shard_size))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shapes = {name: hf_shape(table[name].rule, lengths) for name in names}
+        write(dir / file, dtype, shapes, stream, on_bad_number or functools.partial(refuse, dtype))
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = size * sum(math.prod(hf_shape(entry.rule, lengths)) for entry in table.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(dir / INDEX, index)
 
 
 def shard_bytes(text: str) -> int:
@@ -100,20 +143,13 @@ def plan_shards(spec: ModelSpec, item_bytes: int, limit: int) -> list[Shard]:
     return shards
 
 
-def tensors(params: Params, spec: ModelSpec, names: Iterable[str], dtype: Dtype) -> dict[str, np.ndarray]:
-    """These tensors as Hugging Face has them. Raises HfError for a weight not finite in this dtype."""
+def tensors(params: Params, spec: ModelSpec, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """These tensors as Hugging Face has them, one in memory at a time."""
     lengths, table = sizes(spec), entries(spec)
-    out: dict[str, np.ndarray] = {}
     for name in names:
         rule, layer = table[name]
         array = leaf(params, rule.path)
-        tensor = to_hf(rule, np.asarray(array[layer] if rule.stacked else array), lengths)
-        with np.errstate(over="ignore"):  # An overflow is infinity, and found in the next line.
-            out[name] = tensor.astype(jnp.dtype(dtype))
-        if not np.isfinite(out[name]).all():
-            fix = "Export an earlier checkpoint, or a wider dtype if these weights overflow it."
-            raise HfError(f"{name}: wanted finite {dtype} weights, got NaN or infinity. {fix}")
-    return out
+        yield name, to_hf(rule, np.asarray(array[layer] if rule.stacked else array), lengths)
 
 
 def _in_model_order(spec: ModelSpec) -> list[str]:
@@ -127,21 +163,20 @@ def _in_model_order(spec: ModelSpec) -> list[str]:
     return sorted(table, key=place)
 
 
-def _write_weights(dir: pathlib.Path, params: Params, spec: ModelSpec, shards: list[Shard], dtype: Dtype) -> None:
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = tensors(params, spec, names, dtype)
-        # transformers refuses a file that does not say who wrote its layout.
-        save_file(part, dir / file, metadata={"format": "pt"})
-        # safetensors writes 0600; the folder is for others to read, like the files beside it.
-        (dir / file).chmod(0o644)
-        weight_map |= dict.fromkeys(names, file)
-        total += sum(tensor.nbytes for tensor in part.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(dir / INDEX, index)
+def saved_config(config: Mapping[str, Any], spec: ModelSpec, dtype: Dtype) -> dict[str, Any]:
+    """The config.json of a converted model: every field as it came, and what conversion may have changed."""
+    kept = {name: value for name, value in config.items() if name != "torch_dtype"}  # dtype by its older name
+    changed = {"vocab_size": spec.vocab_size, "tie_word_embeddings": spec.tied, "dtype": dtype}
+    return {"architectures": spec.to_hf()["architectures"]} | kept | changed
+
+
+def generation_config(config: Mapping[str, Any], tokenizer: "Tokenizer | None") -> dict[str, Any]:
+    """What stops a generation, for a checkpoint that has no generation_config.json."""
+    found = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer is not None:
+        own = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        found = {name: one if found[name] is None else found[name] for name, one in zip(found, own, strict=True)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _write_configs(
@@ -150,11 +185,12 @@ def _write_configs(
     stops = [int(token) for token in stop_ids]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     tokens = {"eos_token_id": stops, "pad_token_id": padding}
-    _write_json(dir / "config.json", {**spec.to_hf(), **tokens, "dtype": dtype})
-    _write_json(dir / "generation_config.json", tokens)
+    write_json(dir / "config.json", {**spec.to_hf(), **tokens, "dtype": dtype})
+    write_json(dir / "generation_config.json", tokens)
 
 
-def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """A JSON object, for people and programs."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -179,9 +215,25 @@ def _require_target(dir: pathlib.Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise HfError(f"{dir}: wanted an empty or new folder, got one in use. Choose another, or pass overwrite.")
-    if not (dir / "config.json").is_file():
+    if not _holds_model(dir):
         fix = "Choose another folder: this one would be deleted with all it holds."
         raise HfError(f"{dir}: wanted a folder that holds a model to overwrite, got none. {fix}")
+
+
+def _holds_model(dir: pathlib.Path) -> bool:
+    """A config.json of a model; the folder of a run has one too, of another kind."""
+    try:
+        config = json.loads((dir / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
+
+
+def require_apart(source: pathlib.Path, target: pathlib.Path) -> None:
+    """The target must neither be nor hold nor stand in the source, which would be changed or deleted."""
+    one, other = source.resolve(), target.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise HfError(f"{target}: wanted a folder apart from the source {source}. Choose another one.")
 
 
 def _require_tokens(spec: ModelSpec, tokenizer: "Tokenizer", stop_ids: Sequence[int]) -> None:

@@ -10,6 +10,9 @@ Parameters (float32, one entry per block stacked on a leading axis L)::
     attention/{q,k,v}/kernel [D, H|K, E]   (Qwen2: /bias [H|K, E])     attention/o/kernel [H, E, D]
     attention/{q_norm,k_norm}/scale [E]    (Qwen3, Gemma 3)
     mlp/{gate,up}/kernel [D, F]            mlp/down/kernel [F, D]
+
+Beside any kernel [in..., out...] there may be a low-rank adapter, lora_a [in..., r] and lora_b [r, out...]; see
+``linear.py``.
 """
 
 from collections.abc import Callable
@@ -21,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kardia_jax.model.attention import Window
+from kardia_jax.model.linear import Linear
 from kardia_jax.model.rope import RopeSpec
 from kardia_jax.model.spec import ModelSpec
 
@@ -148,8 +152,7 @@ class Attention(nn.Module):
         spec = self.spec
 
         def project(name: str, heads: int) -> Array:
-            shape = (heads, spec.head_dim)
-            return nn.DenseGeneral(shape, use_bias=spec.traits.qkv_bias, dtype=x.dtype, name=name)(x)
+            return Linear((heads, spec.head_dim), use_bias=spec.traits.qkv_bias, name=name)(x)
 
         q, k, v = project("q", spec.heads), project("k", spec.kv_heads), project("v", spec.kv_heads)
         if spec.traits.qk_norm:
@@ -157,8 +160,7 @@ class Attention(nn.Module):
         # Heads before positions: both products of attention are then plain batched matmuls.
         out, kept = attend(*(jnp.swapaxes(x, -3, -2) for x in (rotate(q, turn), rotate(k, turn), v)))
         out = jnp.swapaxes(out, -3, -2)
-        out = nn.DenseGeneral(spec.width, axis=(-2, -1), use_bias=False, dtype=x.dtype, name="o")(out.astype(x.dtype))
-        return out, kept
+        return Linear((spec.width,), inputs=2, name="o")(out.astype(x.dtype)), kept
 
 
 class GatedMlp(nn.Module):
@@ -168,12 +170,12 @@ class GatedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        def dense(name: str, width: int) -> nn.Dense:
-            return nn.Dense(width, use_bias=False, dtype=x.dtype, name=name)
+        def linear(name: str, width: int) -> Linear:
+            return Linear((width,), name=name)
 
         activation = ACTIVATIONS[self.spec.traits.activation]
-        inner = activation(dense("gate", self.spec.mlp_width)(x)) * dense("up", self.spec.mlp_width)(x)
-        return dense("down", self.spec.width)(inner)
+        inner = activation(linear("gate", self.spec.mlp_width)(x)) * linear("up", self.spec.mlp_width)(x)
+        return linear("down", self.spec.width)(inner)
 
 
 class Block(nn.Module):

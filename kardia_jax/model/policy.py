@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kardia_jax.model.attention import Scoring, Window, causal, causal_attention, group_attention
 from kardia_jax.model.head import model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, kinds, norm, rotations, stacked_kinds, turn_of
+from kardia_jax.model.lora import merged
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -87,8 +88,13 @@ def head_table(params: Params) -> Float[Array, "V D"]:
 
 
 def layer_slices(spec: ModelSpec, params: Params, dtype: str) -> list[Params]:
-    """The stacked blocks as a list, cast for compute: taken once, outside the decode loop."""
-    return [jax.tree.map(lambda leaf, i=i: leaf[i].astype(dtype), params["blocks"]) for i in range(spec.layers)]
+    """The stacked blocks as a list, adapters merged, cast for compute: taken once, outside the decode loop."""
+
+    def layer(index: int) -> Params:
+        one = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), merged(one))
+
+    return [layer(index) for index in range(spec.layers)]
 
 
 def logits(

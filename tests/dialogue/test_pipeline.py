@@ -102,3 +102,31 @@ def test_a_bucket_holds_its_length_and_wastes_less_than_half_of_it(n: int):
     assert n <= bucket < 1.5 * n
     assert length_buckets(bucket) == bucket
     assert bin(bucket).count("1") <= 2
+
+
+def test_a_window_puts_like_lengths_together_and_changes_what_is_drawn_by_nothing():
+    lengths = [(7 * n) % 50 for n in range(50)]
+    plain = batches(range(50), 4, seed=2)
+    sorted_in = batches(range(50), 4, seed=2, length=lambda n: lengths[n], window=5)
+    for window in range(4):
+        steps = range(5 * window, 5 * window + 5)
+        assert sorted(i for s in steps for i in sorted_in[s]) == sorted(i for s in steps for i in plain[s])
+        ranked = sorted(lengths[i] for s in steps for i in sorted_in[s])
+        alike = sorted([lengths[i] for i in sorted_in[s]] for s in steps)
+        assert alike == [ranked[start : start + 4] for start in range(0, 20, 4)]
+
+
+def test_whole_batches_of_a_window_come_in_an_order_of_their_own():
+    order = batches(range(64), 4, seed=2, length=lambda n: n, window=16)
+    firsts = [order[step][0] for step in range(16)]
+    assert firsts != sorted(firsts)
+    assert firsts == [batches(range(64), 4, seed=2, length=lambda n: n, window=16)[step][0] for step in range(16)]
+    assert firsts != [order[step][0] for step in range(16, 32)]
+
+
+def test_shards_of_a_sorted_batch_joined_are_the_batch():
+    def of(**shards: int):
+        return batches(NAMES, 4, seed=1, length=len, window=3, **shards)
+
+    for step in range(7):
+        assert [*of(shard=0, shards=2)[step], *of(shard=1, shards=2)[step]] == of()[step]

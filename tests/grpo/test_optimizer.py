@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from kardia_jax.config import OptimizerConfig
-from kardia_jax.grpo.optimizer import decayed, learning_rate, make_optimizer
+from kardia_jax.grpo.optimizer import decayed, learning_rate, make_optimizer, matrices
 from kardia_jax.model import policy
 from kardia_jax.model.spec import ModelSpec
 
@@ -123,3 +123,42 @@ def test_a_quadratic_goes_down(schedule):
     )
     assert value(params) < 0.01 * losses[0]
     assert (losses[1:30] < losses[:29]).all()
+
+
+def test_muon_moves_each_layers_matrix_by_its_nearest_rotation_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    gradient = {
+        "blocks": {
+            "attention": {"q": {"kernel": rng.normal(size=(2, 6, 2, 3)), "bias": rng.normal(size=(2, 2, 3))}},
+            "mlp": {"up": {"kernel": rng.normal(size=(2, 6, 6)) * [[[1.0]], [[1e3]]]}},
+        },
+        "embed": {"embedding": rng.normal(size=(5, 6))},
+    }
+    gradient = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient)
+    params = jax.tree.map(jnp.zeros_like, gradient)
+    config = OptimizerConfig(0.5, "constant", 0.0, weight_decay=0.0, clip_norm=0.0, muon_learning_rate=0.25)
+    after = step(config, params, gradient)
+    for layer in range(2):
+        for part, name in (("attention", "q"), ("mlp", "up")):
+            left, _, right = np.linalg.svd(gradient["blocks"][part][name]["kernel"][layer].reshape(6, 6))
+            moved = after["blocks"][part][name]["kernel"][layer].reshape(6, 6)
+            # Newton-Schulz stops when the singular values are near 1, so the step is a rotation only roughly.
+            values = np.diag(left.T @ moved @ right.T) / -0.25
+            assert (values > 0.6).all()
+            assert (values < 1.3).all()
+            np.testing.assert_allclose(moved, -0.25 * (left * values) @ right, atol=1e-3)
+    for path in (("blocks", "attention", "q", "bias"), ("embed", "embedding")):
+        moved, slope = (functools.reduce(dict.__getitem__, path, tree) for tree in (after, gradient))
+        # Nesterov's first step: the look-ahead momentum 0.9 (1 - 0.9) g / (1 - 0.9^2) beside g itself.
+        np.testing.assert_allclose(moved, -0.5 * (0.09 / 0.19 + 1) * jnp.sign(slope), rtol=1e-4)
+
+
+def test_every_kernel_of_a_model_is_a_matrix_for_muon_and_nothing_else():
+    spec = ModelSpec("qwen2", 11, 8, 24, 2, 4, 2, 4, tied=False)
+    shapes = jax.eval_shape(functools.partial(policy.init, spec), jax.random.key(0))
+    axes = jax.tree.leaves_with_path(matrices(shapes), is_leaf=lambda x: x is None or isinstance(x, tuple))
+    kernels = {path[-2].key: x for path, x in axes if path[-1].key == "kernel"}
+    assert kernels["q"] == kernels["k"] == kernels["v"] == ((1,), (2, 3))
+    assert kernels["o"] == ((1, 2), (3,))
+    assert kernels["gate"] == kernels["up"] == kernels["down"] == ((1,), (2,))
+    assert all(x is None for path, x in axes if path[-1].key != "kernel")

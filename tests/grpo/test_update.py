@@ -76,7 +76,7 @@ def small_logits(params, batch: GroupBatch) -> jax.Array:
     return jnp.tanh(mean[:, :, None] + params["embedding"][previous]) @ params["kernel"]
 
 
-def small_forward(params, batch: GroupBatch) -> tuple[jax.Array, jax.Array]:
+def small_forward(params, batch: GroupBatch, place) -> tuple[jax.Array, jax.Array]:
     logp = jax.nn.log_softmax(small_logits(params, batch), -1)
     logprobs = jnp.take_along_axis(logp, batch.completion_tokens[..., None], -1)[..., 0]
     return logprobs, -(jnp.exp(logp) * logp).sum(-1)

@@ -154,7 +154,10 @@ def test_sft_is_the_cross_entropy_of_the_plain_logits():
 def test_no_array_of_rows_by_tokens_by_vocabulary_in_the_compiled_update():
     prompts, group, prompt, length, vocabulary = 2, 4, 8, 128, 16_384
     spec = ModelSpec("qwen2", vocabulary, 8, 8, 1, 1, 1, 8)
-    forward = functools.partial(programs.score, spec, Compute(head_chunk=32), temperature=jnp.float32(1))
+
+    def forward(params, batch, place):
+        return programs.score(spec, Compute(head_chunk=32), params, batch, jnp.float32(1))
+
     params = jax.eval_shape(functools.partial(policy.init, spec), jax.random.key(0))
     state = jax.eval_shape(functools.partial(init_state, optimizer=SGD), params)
     shapes = {

@@ -3,11 +3,13 @@ import pathlib
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 
 from kardia_jax import export, scoring, sft
 from kardia_jax.cli import VERBS, main
 from kardia_jax.config import Config, flat
+from kardia_jax.hf.write import save_directory
 
 FLAGS = ["--" + name.replace("_", "-") for name in flat(Config())]
 
@@ -53,7 +55,12 @@ def test_a_verbs_help_lists_every_field_with_its_default(verb, capsys):
 
 @pytest.mark.parametrize(
     ("verb", "pieces"),
-    [("export", ("RUN_DIR", "TARGET", "--dtype {float32,bfloat16}", "--overwrite")), ("doctor", ("no arguments",))],
+    [
+        ("import", ("SOURCE", "TARGET", "--dtype {keep,float32,bfloat16,float16}", "--max-shard-size", "--overwrite")),
+        ("export", ("SOURCE", "TARGET", "--dtype {keep,float32,bfloat16,float16}", "--max-shard-size", "--push")),
+        ("verify", (" A ", " B", "--against {directory,transformers}", "--json", "--tolerance", "(default: 64)")),
+        ("doctor", ("no arguments",)),
+    ],
 )
 def test_the_other_verbs_have_help_too(verb, pieces, capsys):
     for flag in ("-h", "--help"):
@@ -89,11 +96,28 @@ def test_the_package_is_a_program():
             ("grpo.loss.importance: wanted auto or token with name cispo, got 'sequence'", "use name gspo"),
         ),
         (("grpo", "--grpo.sampler.temperature", "0"), ("grpo.sampler.temperature: wanted more than 0", "set grpo.")),
+        (
+            ("sft", "--model.lora.rank", "4", "--model.lora.targets", "q_proj", "qkv"),
+            ("model.lora.targets: wanted one of all-linear, q_proj, k_proj, v_proj, o_proj, gate_proj", "got 'qkv'"),
+        ),
+        (
+            ("sft", "--model.lora.rank", "4", "--model.lora.targets", "lm_head"),
+            ("got 'lm_head'. Adapters on the embedding or the LM head are not supported.",),
+        ),
+        (("sft", "--model.lora.targets", "q_proj"), ("model.lora.rank: wanted at least 1 with settings for an",)),
+        (("sft", "--model.lora.rank", "4", "--model.adapter", "a"), ("model.lora.rank: wanted 0 with model.adapter",)),
         (("grpo", "nowhere.py"), ("config file: wanted an existing Python file with get_config(), got 'nowhere.py'",)),
         (("demo",), ("demo: wanted a config file first, got None", "kardia demo configs/demo.py")),
         (("demo", "--seeds", "3"), ("demo: wanted a config file first, got '--seeds 3'",)),
-        (("export",), ("RUN_DIR", "TARGET")),
-        (("export", "nowhere", "out"), ("run: wanted a run folder with verb.json and config.json, got 'nowhere'",)),
+        (("export",), ("SOURCE", "TARGET")),
+        (("export", "nowhere", "out"), ("source: wanted a run folder with verb.json and config.json, or a model dir",)),
+        (("import",), ("SOURCE", "TARGET")),
+        (("import", "a/b/c", "out"), ("a/b/c: wanted a directory or a Hub id like owner/name, got neither",)),
+        (("verify",), ("A",)),
+        (("verify", "nowhere"), ("verify: wanted two directories, or one with --against transformers",)),
+        (("verify", "a", "b", "--against", "transformers"), ("got 'two, and transformers'",)),
+        (("verify", "nowhere", "out"), ("nowhere: wanted a directory of a Hugging Face model",)),
+        (("verify", "a", "b", "--prompts", "11"), ("prompts: wanted 1 to 10, got 11",)),
         (("export", "a", "b", "--dtype", "float8"), ("--dtype", "'float8'", "'bfloat16'")),
         (("doctor", "now"), ("now", "kardia doctor --help")),
     ],
@@ -124,7 +148,7 @@ def test_a_config_file_that_gives_no_config_is_explained(name, text, wanted, ref
 def test_overrides_come_after_the_file(config_of, config_file, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(sft, "train_sft", lambda config, policy: seen.append(config))
-    monkeypatch.setattr(export, "export_policy", lambda *args, **kwargs: None)
+    monkeypatch.setattr(export, "export_final", lambda *args: None)
     path = config_file(config_of({"sft.batch": 5}))
     assert main(["sft", path, "--run.seed", "4", "--data.train_limit", "2", "--eval.turns", "last"]) == 0
     assert seen == [config_of({"sft.batch": 5, "run.seed": 4, "data.train_limit": 2, "eval.turns": "last"})]
@@ -237,6 +261,71 @@ def test_the_way_of_a_policy(config_of, config_file, refused, capsys, tmp_path):
     assert (folder / "hf" / "model.safetensors").read_bytes() == weights
     said = refused("sft", path, "--run.resume", "--sft.batch", "2")
     assert "sft.batch: wanted 3 as in the checkpoint, got 2" in said
+
+
+def test_the_way_of_a_checkpoint(checkpoint_dir, refused, capsys, tmp_path):
+    """Import, export of a directory, comparison, and what is refused on the way with exit code 2."""
+    inside, target = str(tmp_path / "in"), str(tmp_path / "out")
+    assert main(["import", str(checkpoint_dir), inside, "--dtype", "bfloat16"]) == 0
+    assert main(["export", inside, target, "--max-shard-size", "10KB"]) == 0
+    assert "exported to" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert "# out" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert main(["verify", inside, target, "--json", "--new-tokens", "4", "--prompts", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["agree"] is True
+    assert report["tensors"]["equal"] == report["tensors"]["compared"] > 10
+    assert main(["verify", str(checkpoint_dir), target, "--new-tokens", "4", "--prompts", "2"]) == 1
+    assert "NOT the same" in capsys.readouterr().out
+    assert "got one in use" in refused("import", str(checkpoint_dir), inside)
+    assert "apart from the source" in refused("export", inside, inside, "--overwrite")
+    assert "max_shard_size: wanted a size such as 5GB" in refused(
+        "export", inside, target + "2", "--max-shard-size", "5"
+    )
+    assert not (tmp_path / "out2").exists()
+
+
+def test_nothing_is_begun_without_a_token_and_a_model_is_pushed_with_one(
+    checkpoint_dir, refused, monkeypatch, tmp_path
+):
+    asked = []
+
+    class Api:
+        def __init__(self, token):
+            asked.append(token)
+
+        def create_repo(self, repo, exist_ok):
+            asked.append(repo)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            asked.append(sorted(path.name for path in pathlib.Path(folder_path).iterdir()))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    command = ("export", str(checkpoint_dir), str(tmp_path / "out"), "--push", "me/model")
+    assert "push: wanted a Hugging Face token to write to me/model" in refused(*command)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "secret")
+    assert main(command) == 0
+    assert asked[:2] == ["secret", "me/model"]
+    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= set(asked[2])
+
+
+@pytest.fixture
+def checkpoint_dir(fresh_policy, tmp_path):
+    """A tiny model as somebody might bring it."""
+    policy = fresh_policy()
+    save_directory(tmp_path / "brought", policy.params, policy.spec, policy.tokenizer, policy.end_ids, "")
+    (tmp_path / "brought" / "README.md").unlink()
+    return tmp_path / "brought"
+
+
+def test_the_scripts_are_the_verbs():
+    for script, verb in (("from_hf", "import"), ("to_hf", "export"), ("verify", "verify")):
+        path = pathlib.Path(__file__).parents[2] / "convert" / f"{script}.py"
+        done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"usage: kardia {verb}" in done.stdout
 
 
 def test_an_interrupt_says_how_to_go_on(refused, config_of, config_file, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from kardia_jax import sft
 from kardia_jax.checkpoint import CheckpointError
 from kardia_jax.config import ConfigError, ModelConfig
-from kardia_jax.export import export_policy, export_run
+from kardia_jax.export import export, export_policy, export_run, read_results
 from kardia_jax.hf.tables import HfError
 from kardia_jax.observe.intervals import Interval
 from kardia_jax.policies import load_policy
@@ -94,3 +94,36 @@ def test_a_run_without_checkpoint_is_refused(config_of, fresh_policy, killed_at,
     with pytest.raises(CheckpointError, match="run: wanted a complete checkpoint"):
         export_run(config_of().run.dir, tmp_path / "hf", "float32", overwrite=False)
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_run_is_exported_with_its_evaluation_in_shards_and_never_over_itself(trained, tmp_path):
+    config, _ = trained
+    table = {
+        "policy": {
+            "reward": {"mean": 0.5, "low": 0.25, "high": 0.75},
+            "macro_f1": {"mean": 1, "low": None, "high": None},
+        }
+    }
+    (tmp_path / "eval.json").write_text(json.dumps(table | {"seeds": 1, "seconds": {"load": 2.0}}), "utf-8")
+    options = {"max_shard_size": "10KB", "results": tmp_path / "eval.json", "licence": "mit"}
+    assert export(config.run.dir, tmp_path / "hf", "bfloat16", **options) == ""
+    card = (tmp_path / "hf" / "README.md").read_text("utf-8")
+    for piece in ("| reward | 0.500 [0.250, 0.750] |", "| macro_f1 | 1.000 |", 'license: "mit"', "## Limits"):
+        assert piece in card
+    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    # A run has a config.json of its own and is no model to be overwritten.
+    with pytest.raises(HfError, match="holds a model to overwrite"):
+        export(config.run.dir, config.run.dir, overwrite=True)
+    assert (config.run.dir / "verb.json").is_file()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"policy": {"reward": {"mean": "x", "low": 0, "high": 1}}}'])
+def test_results_that_are_none_are_refused(tmp_path, content):
+    (tmp_path / "eval.json").write_text(content, "utf-8")
+    with pytest.raises(ConfigError, match=r"results: wanted an eval\.json"):
+        read_results(tmp_path / "eval.json")
+
+
+def test_a_source_that_is_neither_run_nor_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"source: wanted a run folder .*or a model directory"):
+        export(tmp_path, tmp_path / "out")

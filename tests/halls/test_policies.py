@@ -198,3 +198,29 @@ def test_a_built_in_shape_is_the_same_for_the_same_seed(nano_policy):
     assert first.spec.sampled_tokens == len(first.tokenizer)
     assert first.stop_ids[-1] == token_id(first.tokenizer, END_TAG)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(first.params))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [WORDS, 32])
+def test_tags_survive_export_with_their_ids_their_rows_and_the_chat_template(params_of, tmp_path, rows, tied):
+    """Padding rows are 7 everywhere: were they in the mean, every new row would show it."""
+    tokenizer, params = words_tokenizer(pad="w1"), padded(params_of[tied], rows)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} w3 {% endfor %}"
+    policy = load_policy(written(tmp_path / "in", params, tokenizer, spec_with(rows, tied)), seed=0)
+    assert policy.spec.vocab_size == max(rows, 20)
+    first = tmp_path / "out"
+    save_directory(first, policy.params, policy.spec, policy.tokenizer, policy.end_ids, "card")
+    again = load_policy(ModelConfig(source=str(first)), seed=0)
+    assert bits(again.params) == bits(policy.params)
+    assert again.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    assert again.tokenizer.chat_template == tokenizer.chat_template
+    assert set(TAGS) <= set(again.tokenizer.all_special_tokens)
+    text = "w1 <|emotion_begin|> w2 <|emotion_end|>"
+    chat = [{"role": "user", "content": text}]
+    assert again.tokenizer(text).input_ids == policy.tokenizer(text).input_ids == [1, 16, 2, 17]
+    assert again.tokenizer.apply_chat_template(chat) == policy.tokenizer.apply_chat_template(chat)
+    for name in ("embed", "head")[: 1 if tied else 2]:
+        table = again.params[name]["embedding"]
+        mean = params_of[tied][name]["embedding"].mean(0)
+        np.testing.assert_allclose(table[12:20], np.tile(mean, (8, 1)), rtol=1e-6)
+        assert bits(table[20:]) == bits(jnp.full((max(rows, 20) - 20, 8), 7.0))

@@ -71,7 +71,7 @@ def test_the_mini_template_keeps_the_prefix_law(dialogues, config_of, nano_polic
 def test_a_batch_by_hand(dialogues):
     first, second = dialogues[:2]
     groups = [[example((1, 2), (9,), first), example((1, 2, 9, 3), (8, 7), first)], [example((4,), (6, 6, 6), second)]]
-    batch = sft_batch(groups, size=2, pad_id=0)
+    batch = sft_batch(groups, pad_id=0)
     assert batch.prompt_tokens.shape == (2, 16)
     assert batch.prompt_tokens[:, :5].tolist() == [[1, 2, 9, 3, 0], [4, 0, 0, 0, 0]]
     assert batch.prompt_lengths.tolist() == [[2, 4], [1, 1]]
@@ -95,10 +95,10 @@ def test_a_shared_prompt_costs_and_teaches_what_separate_ones_do(dialogues, conf
         return jax.value_and_grad(loss)(params)
 
     groups = conversations(chat)[:4]
-    shared = sft_batch([*groups, *groups[:2]], 2, nano_policy.pad_id)
+    shared = sft_batch([*groups, *groups[:2]], nano_policy.pad_id)
     # Two groups are there twice, so that both batches have one shape; the copies leave the loss.
     shared = shared._replace(loss_rows=shared.loss_rows.at[4:].set(False))
-    alone = sft_batch([[one] for group in groups for one in group], 2, nano_policy.pad_id)
+    alone = sft_batch([[one] for group in groups for one in group], nano_policy.pad_id)
     assert shared.loss_rows.sum() == alone.loss_rows.sum() == 6
     shared, alone = loss_and_gradient(nano_policy.params, shared), loss_and_gradient(nano_policy.params, alone)
     for ours, theirs in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):

@@ -1,0 +1,60 @@
+"""The one linear layer: y = x W (+ b), with a low-rank adapter where the layer's parameters hold one.
+
+    kernel [in..., out...]    bias [out...]    lora_a [in..., r]    lora_b [r, out...]
+    dropout/{key [], keep []}                          in the learner's gradient pass only
+
+With x = [1, 2], W the identity, lora_a = [[1], [0]] and lora_b = [[10, 0]] the output is [1, 2] + [10, 0] = [11, 2].
+Nothing else in the model knows of adapters; ``kardia_jax/model/lora.py`` makes them and folds their scale into lora_b.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kardia_jax.types import Params
+
+
+class Linear(nn.Module):
+    """Contracts the last ``inputs`` axes of x with the kernel, in the type of x."""
+
+    features: tuple[int, ...]
+    """Lengths of the output axes."""
+    inputs: int = 1
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        taken = x.shape[x.ndim - self.inputs :]
+        y = contract(x, self.param("kernel", kernel_init, taken, self.features), self.inputs)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
+        if self.has_variable("params", "lora_a"):
+            y = y + adapter_output(x, dict(self.variables["params"]), self.inputs)
+        return y
+
+
+def kernel_init(key: Array, taken: tuple[int, ...], features: tuple[int, ...]) -> Float[Array, "..."]:
+    """Truncated normal of variance 1 / fan-in, float32 [in..., out...]."""
+    flat = (int(np.prod(taken)), int(np.prod(features)))
+    return nn.initializers.lecun_normal()(key, flat, jnp.float32).reshape(*taken, *features)
+
+
+def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
+    """x [..., in...] times kernel [in..., out...], in the type of x."""
+    last, first = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((last, first), ((), ())))
+
+
+def adapter_output(x: Float[Array, "..."], params: Params, inputs: int) -> Float[Array, "..."]:
+    """(drop(x) A) B, two small products instead of one with A B."""
+    x = dropped(x, **params["dropout"]) if "dropout" in params else x
+    return contract(contract(x, params["lora_a"], inputs), params["lora_b"], 1)
+
+
+def dropped(x: Float[Array, "..."], key: Array, keep: Float[Array, ""]) -> Float[Array, "..."]:
+    """Each element is kept with probability ``keep`` and divided by it, else 0."""
+    # One layer meets the prompt and, with an axis more, the completions: their masks must not repeat each other.
+    mask = jax.random.bernoulli(jax.random.fold_in(key, x.ndim), keep, x.shape)
+    return jnp.where(mask, x / keep.astype(x.dtype), 0)
