@@ -84,7 +84,13 @@ def test_the_package_is_a_program():
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        (("frob",), ("verb: wanted one of demo, sft, grpo, eval, export, doctor, got 'frob'", "kardia VERB --help")),
+        (
+            ("frob",),
+            (
+                "verb: wanted one of demo, sft, grpo, eval, import, export, verify, doctor, got 'frob'",
+                "kardia VERB --help",
+            ),
+        ),
         (("grpo", "--grpo.grp", "3"), ("--grpo.grp", "--grpo.group", "kardia grpo --help")),
         (("grpo", "--grpo.loss.name", "ppo"), ("--grpo.loss.name", "'ppo'", "'cispo', 'gspo'")),
         (("grpo", "--grpo.group", "many"), ("--grpo.group", "'many'", "Completions per prompt")),
