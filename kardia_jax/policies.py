@@ -122,7 +122,7 @@ def load_whole(config: ModelConfig, seed: int) -> Policy:
     """The model that ``source`` names, every parameter of it to be trained."""
     folder = pathlib.Path(config.source)
     if gguf.is_gguf(folder):
-        return _from_gguf(folder)
+        return _from_gguf(folder, config)
     if folder.is_dir():
         return _from_directory(folder, config)
     if len(folder.parts) > 1:
@@ -185,14 +185,16 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     spec = ModelSpec.from_hf(_read_json(folder / "config.json"))
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if has_tokenizer else config.tokenizer)
-    return _assembled(spec, load_arrays(folder, spec), tokenizer, _generation_ends(folder))
+    params = load_arrays(folder, spec, dtype=config.lora.base)
+    return _assembled(spec, params, tokenizer, _generation_ends(folder))
 
 
-def _from_gguf(path: pathlib.Path) -> Policy:
-    """The tokenizer is the file's own; packed weights become float32 masters."""
+def _from_gguf(path: pathlib.Path, config: ModelConfig) -> Policy:
+    """The tokenizer is the file's own; packed weights become float32 masters (or the type of a frozen base)."""
     described = gguf.config(path)
     spec = ModelSpec.from_hf(described)
-    return _assembled(spec, load_arrays(path, spec), gguf.tokenizer(path), _ends(described.get("eos_token_id")))
+    params = load_arrays(path, spec, dtype=config.lora.base)
+    return _assembled(spec, params, gguf.tokenizer(path), _ends(described.get("eos_token_id")))
 
 
 def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Policy:

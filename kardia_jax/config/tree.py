@@ -99,6 +99,9 @@ class ModelConfig:
         require(
             self.adapter is None or self.lora.rank == 0, "model.lora.rank", "0 with model.adapter", self.lora.rank, fix
         )
+        frozen, base = self.lora.rank > 0 or self.adapter is not None, self.lora.base
+        fix = "Parameters that are trained are float32; set model.lora.rank, or model.dtype for the arithmetic."
+        require(frozen or base == "float32", "model.lora.base", "float32 without an adapter", base, fix)
         require(self.head_chunk >= 1, "model.head_chunk", "at least 1", self.head_chunk)
         require(self.unroll >= 1, "model.unroll", "at least 1", self.unroll)
 

@@ -208,6 +208,9 @@ def _require_sizes(config: Mapping[str, Any]) -> None:
         value = config.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SpecError(f"{name}: wanted a positive integer in config.json, got {value!r}.")
+    epsilon = config["rms_norm_eps"]
+    if not isinstance(epsilon, (int, float)) or epsilon <= 0:
+        raise SpecError(f"rms_norm_eps: wanted a positive number in config.json, got {epsilon!r}.")
 
 
 def _refuse_unsupported(traits: Traits, config: Mapping[str, Any]) -> None:

@@ -110,6 +110,7 @@ def test_the_package_is_a_program():
             ("sft", "--model.lora.rank", "4", "--model.lora.targets", "lm_head"),
             ("got 'lm_head'. Adapters on the embedding or the LM head are not supported.",),
         ),
+        (("sft", "--model.lora.base", "bfloat16"), ("model.lora.base: wanted float32 without an adapter",)),
         (("sft", "--model.lora.targets", "q_proj"), ("model.lora.rank: wanted at least 1 with settings for an",)),
         (("sft", "--model.lora.rank", "4", "--model.adapter", "a"), ("model.lora.rank: wanted 0 with model.adapter",)),
         (("grpo", "nowhere.py"), ("config file: wanted an existing Python file with get_config(), got 'nowhere.py'",)),

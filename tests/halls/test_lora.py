@@ -203,6 +203,10 @@ def test_the_base_may_be_kept_in_half_the_size(lora_config, tmp_path):
     merged = load_policy(ModelConfig(source=str(tmp_path / "run" / "hf")), seed=0)
     wanted = some_logits(trained.spec, trained.full())
     np.testing.assert_allclose(some_logits(merged.spec, merged.params), wanted, atol=TOLERANCE)
+    # From a directory too, where weights are read in this type.
+    again = load_policy(ModelConfig(source=str(tmp_path / "run" / "hf"), lora=lora), seed=0)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), merged.params)
+    assert bits(again.frozen) == bits(rounded)
 
 
 def test_a_second_adapter_starts_where_the_first_ended(whole):

@@ -59,6 +59,43 @@ def test_windows_and_rotations_of_gemma():
     assert (full.layer_types, full.window, full.slides) == ((), None, (False,) * 7)
 
 
+def published(family, vocab, width, inner, layers, heads, kv_heads, **rest):
+    """The fields of a config.json on the Hub that have a say."""
+    sizes = dict(zip(SIZES, (vocab, width, inner, layers, heads), strict=True))
+    return sizes | {"model_type": family, "num_key_value_heads": kv_heads} | rest
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+PUBLISHED = {
+    "SmolLM2-135M": (published("llama", 49_152, 576, 1536, 30, 9, 3, tie_word_embeddings=True), 134_515_008),
+    "Llama-2-7b": (published("llama", 32_000, 4096, 11_008, 32, 32, 32), 6_738_415_616),
+    "Llama-3.2-1B": (
+        published("llama", 128_256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True, rope_scaling=LLAMA3),
+        1_235_814_400,
+    ),
+    "gemma-2b": (published("gemma", 256_000, 2048, 16_384, 18, 8, 1, hidden_act="gelu"), 2_506_172_416),
+    "gemma-7b": (published("gemma", 256_000, 3072, 24_576, 28, 16, 16), 8_537_680_896),
+    "gemma-2-2b": (published("gemma2", 256_000, 2304, 9216, 26, 8, 4), 2_614_341_888),
+    "gemma-3-1b": (
+        published("gemma3_text", 262_144, 1152, 6912, 26, 4, 1, sliding_window=512, sliding_window_pattern=6),
+        999_885_952,
+    ),
+}
+"""With the parameters that the model's page on the Hub counts."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size(name):
+    config, parameters = PUBLISHED[name]
+    assert ModelSpec.from_hf(config).parameter_count == parameters
+
+
+@pytest.mark.parametrize("name", ["gemma-2b", "gemma-7b"])
+def test_named_shapes_are_the_published_ones(name):
+    assert ModelSpec.from_hf(PUBLISHED[name][0]) == SHAPES[name]
+
+
 TINY = {"qwen2": "tiny-qwen2", "qwen3": "tiny-qwen3", "llama": "tiny-llama", "gemma": "tiny-gemma"}
 TINY |= {"gemma2": "tiny-gemma2", "gemma3": "tiny-gemma3"}
 LOCAL_YARN = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
@@ -104,6 +141,7 @@ LOCAL_YARN = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
         ("qwen2", {"num_key_value_heads": 3}, "kv_heads"),
         ("llama", {"hidden_size": 64.5}, "hidden_size"),
         ("llama", {"vocab_size": None}, "vocab_size"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps"),
         ("qwen2", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("qwen2", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ("llama", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),

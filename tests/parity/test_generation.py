@@ -1,10 +1,11 @@
-"""Greedy answers of our sampler against ``generate`` of transformers, token for token."""
+"""Greedy answers of our sampler against ``generate`` of transformers, token for token; log-probs of sampled tokens."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from kardia_jax.config import SamplerConfig
@@ -13,6 +14,8 @@ from kardia_jax.rollout.sampler import generate
 from kardia_jax.rollout.sampling import Controls
 
 BUDGET = 64
+LOGPROB_TOLERANCE = 1e-4
+"""float32 on both sides (the issue's bound)."""
 LENGTHS = np.array([9, 3])
 PROMPTS = np.random.default_rng(1).integers(1, 48, (2, 9))
 
@@ -29,3 +32,18 @@ def test_greedy_tokens(pair, family):
         wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, length:]
         np.testing.assert_array_equal(row, wanted.numpy())
         assert len(set(wanted.tolist())) > 5, "an answer that only repeats itself would prove little"
+
+
+@pytest.mark.parametrize("model", ["gemma2", "gemma3-capped"])
+def test_logprobs_of_sampled_tokens_are_those_of_capped_logits(pair, model):
+    theirs, _, spec, params = pair(model)
+    run = jax.jit(functools.partial(generate, spec, Compute(), max_new_tokens=12))
+    keys = jax.random.split(jax.random.key(0), (2, 1))
+    controls = Controls.from_config(SamplerConfig(temperature=0.8))
+    rollouts = run(params, PROMPTS, LENGTHS, keys, controls, jnp.array([-1]), jnp.int32(0))
+    for p, length in enumerate(LENGTHS):
+        row = torch.from_numpy(np.concatenate([PROMPTS[p, :length], rollouts.tokens[p, 0]]))[None].long()
+        with torch.no_grad():
+            logprobs = torch.log_softmax(theirs(row).logits[0, length - 1 : -1] / 0.8, -1)
+        wanted = logprobs.gather(-1, row[0, length:, None])[:, 0].numpy()
+        np.testing.assert_allclose(rollouts.sampler_logprobs[p, 0], wanted, atol=LOGPROB_TOLERANCE)

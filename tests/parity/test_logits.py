@@ -44,7 +44,7 @@ def test_gradient_of_the_mean_logprob(pair, model):
     def mean(params):
         return policy.group_logprobs(spec, COMPUTE, params, *batch, jnp.float32(1))[0].mean()
 
-    ours = tensors(jax.jit(jax.grad(mean))(params), spec, entries(spec), "float32")
+    ours = dict(tensors(jax.jit(jax.grad(mean))(params), spec, entries(spec)))
     theirs.zero_grad()
     rows = torch.from_numpy(TOKENS[:2])
     logprobs = torch.log_softmax(theirs(rows).logits[:, 8:-1], -1)
