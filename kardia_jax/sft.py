@@ -19,7 +19,7 @@ from kardia_jax.grpo.update import init_state, sft_objective
 from kardia_jax.observe.measures import to_host, values
 from kardia_jax.policies import Policy, check_positions
 from kardia_jax.programs import compute_for, make_compiled_update
-from kardia_jax.rollout.engine import pad_rows
+from kardia_jax.rollout.engine import SHORTEST, pad_rows
 from kardia_jax.run import check_progress, open_run, report_data
 from kardia_jax.types import GroupBatch
 
@@ -61,7 +61,7 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         report_data(run.console, loaded, examples.problems, used)
         for step in range(run.first_step, steps):
             with run.timer.phase("batch"):
-                batch = sft_batch(order[step], policy.pad_id)
+                batch = sft_batch(order[step], policy.pad_id, longest)
             with run.timer.phase("update"):
                 state, means = update(state, batch, policy.frozen)
                 metrics = values(to_host(means))
@@ -103,14 +103,16 @@ def conversation_size(group: Sequence[Example]) -> tuple[int, int]:
     return len(group), len(group[-1].prompt.tokens)
 
 
-def sft_batch(groups: Sequence[Sequence[Example]], pad_id: int) -> GroupBatch:
+def sft_batch(groups: Sequence[Sequence[Example]], pad_id: int, answer_tokens: int = SHORTEST) -> GroupBatch:
     """Conversations with their answers, right-padded to the one with the most; rows without an answer are left out of
-    the loss."""
+    the loss. Answers are padded to the bucket of ``answer_tokens`` at least: the longest of a run, so that a batch of
+    short ones is no shape of its own to compile."""
     size = max(len(group) for group in groups)
     prompt_tokens, _ = pad_rows([group[-1].prompt.tokens for group in groups], pad_id)
     rows = [[*group, *[None] * (size - len(group))] for group in groups]
     flat = [example for row in rows for example in row]
-    tokens, lengths = pad_rows([() if example is None else example.completion_tokens for example in flat], pad_id)
+    answers = [() if example is None else example.completion_tokens for example in flat]
+    tokens, lengths = pad_rows(answers, pad_id, answer_tokens)
     starts = [1 if example is None else len(example.prompt.tokens) for example in flat]
     shape = (len(groups), size)
     return GroupBatch(

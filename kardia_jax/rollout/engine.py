@@ -47,10 +47,12 @@ class Sampled(NamedTuple):
     """Decoded with every special token, less an end-of-turn token that ends the row."""
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[np.ndarray, "N S"], Int[np.ndarray, " N"]]:
-    """Right-padded to the bucket of the longest row, with lengths."""
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int, least: int = SHORTEST
+) -> tuple[Int[np.ndarray, "N S"], Int[np.ndarray, " N"]]:
+    """Right-padded to the bucket of the longest row, or of ``least`` where all are shorter; with lengths."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.full((len(rows), length_buckets(max(SHORTEST, int(lengths.max())))), pad_id, np.int32)
+    tokens = np.full((len(rows), length_buckets(max(least, int(lengths.max())))), pad_id, np.int32)
     for place, row in zip(tokens, rows, strict=True):
         place[: len(row)] = row
     return tokens, lengths
