@@ -3,7 +3,7 @@
     kardia demo configs/demo.py --seeds 3
 
 A 0.8 M parameter Qwen3 from random weights, the shipped synthetic dialogues, the embedded rule judge. No accelerator.
-Under 8 minutes a seed on 2 CPU cores; README.md has the numbers.
+6 min 50 s on 2 CPU cores: reward 0.804 after the warm start, 0.854 after GRPO (three seeds); README.md has the table.
 """
 
 import pathlib

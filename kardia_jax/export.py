@@ -16,8 +16,9 @@ from kardia_jax.hf import hub
 from kardia_jax.hf.card import Card, model_card
 from kardia_jax.hf.container import Dtype
 from kardia_jax.hf.convert import KeptDtype, convert
-from kardia_jax.hf.peft import save_adapter
-from kardia_jax.hf.write import save_directory
+from kardia_jax.hf.gguf import is_gguf
+from kardia_jax.hf.peft import require_adapter_target, save_adapter
+from kardia_jax.hf.write import require_apart, save_directory
 from kardia_jax.model.lora import merged_model
 from kardia_jax.observe.intervals import Interval
 from kardia_jax.policies import Policy, load_policy
@@ -55,7 +56,7 @@ def export_policy(
     base = config.model.source
     card = Card(
         name=target.name,
-        base_model=base if pathlib.Path(base).is_dir() else f"random initialisation ({base})",
+        base_model=base if pathlib.Path(base).exists() else f"random initialisation ({base})",
         data=DATA.get(config.data.source, config.data.source),
         recipe={"stage": verb, **flat(config.sft if verb == "sft" else config.grpo)},
         results=results or {},
@@ -78,16 +79,16 @@ def export_final(config: Config, policy: Policy, verb: Verb) -> None:
     """What a finished run leaves in its folder: ``hf``, and ``adapter`` beside it where one was trained."""
     export_policy(config, policy, verb, config.run.dir / "hf", overwrite=True)
     if policy.lora.rank:
-        export_adapter(config, policy, config.run.dir / "adapter")
+        export_adapter(config, policy, config.run.dir / "adapter", overwrite=True)
 
 
-def export_adapter(config: Config, policy: Policy, target: pathlib.Path) -> None:
+def export_adapter(config: Config, policy: Policy, target: pathlib.Path, overwrite: bool = False) -> None:
     """The adapter alone, as PEFT reads it. Raises ConfigError for a policy that was trained whole."""
     if not policy.lora.rank:
         raise ConfigError("adapter", "a run with model.lora.rank above 0", 0, "Export the model itself.")
     base = config.model.source
     card = ADAPTER_CARD.format(base=base)
-    save_adapter(target, policy.lora, jax.device_get(policy.params), policy.spec, base, card)
+    save_adapter(target, policy.lora, jax.device_get(policy.params), policy.spec, base, card, overwrite)
 
 
 def export(
@@ -116,7 +117,7 @@ def export(
         export_run(source, target, whole, overwrite, max_shard_size, table, licence, adapter)
     elif adapter is not None:
         raise ConfigError("adapter", "a run folder as SOURCE", str(source), "A model directory has no adapter apart.")
-    elif (source / "config.json").is_file():
+    elif (source / "config.json").is_file() or is_gguf(source):
         card = Card(target.name, str(source), "Not recorded: the model was converted, not trained.", licence=licence)
         convert(source, target, dtype, max_shard_size, overwrite, model_card(card))
     else:
@@ -144,8 +145,11 @@ def export_run(
     verb, config = json.loads(files[0].read_text("utf-8"))["verb"], from_json(files[1].read_text("utf-8"))
     policy = _restored(config, verb, folder)
     if adapter is not None:
-        export_adapter(config, policy, adapter)
+        require_apart(adapter, target)
+        require_adapter_target(adapter, overwrite)
     export_policy(config, policy, verb, target, results, dtype, overwrite, max_shard_size, licence)
+    if adapter is not None:
+        export_adapter(config, policy, adapter, overwrite)
 
 
 def read_results(file: pathlib.Path) -> Results:

@@ -24,6 +24,7 @@ from kardia_jax.config import FULL, ConfigError, LoraConfig, ModelConfig
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.dialogue.spans import END_TAG, TAGS
 from kardia_jax.hf import gguf
+from kardia_jax.hf.folder import has_tokenizer
 from kardia_jax.hf.peft import load_adapter
 from kardia_jax.hf.read import load_arrays
 from kardia_jax.keys import Purpose, key_for
@@ -137,8 +138,8 @@ def load_whole(config: ModelConfig, seed: int) -> Policy:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The shipped tokenizer (`mini`) or one from a local directory."""
     folder = tokenizer_dir() if source == "mini" else pathlib.Path(source)
-    if not (folder / "tokenizer_config.json").is_file():
-        raise ConfigError("model.tokenizer", "mini or a directory with tokenizer_config.json", source)
+    if not has_tokenizer(folder):
+        raise ConfigError("model.tokenizer", "mini or a directory with tokenizer.json or tokenizer_config.json", source)
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
@@ -183,8 +184,7 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
         fix = "Give a directory as written by save_pretrained or by `kardia export`."
         raise ConfigError("model.source", "a directory with config.json", config.source, fix)
     spec = ModelSpec.from_hf(_read_json(folder / "config.json"))
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(folder) if has_tokenizer else config.tokenizer)
+    tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else config.tokenizer)
     params = load_arrays(folder, spec, dtype=config.lora.base)
     return _assembled(spec, params, tokenizer, _generation_ends(folder))
 

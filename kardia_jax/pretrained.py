@@ -28,7 +28,7 @@ from kardia_jax.config.errors import require
 from kardia_jax.dialogue.prompt import decode_completion
 from kardia_jax.hf import write
 from kardia_jax.hf.container import Dtype
-from kardia_jax.hf.folder import GENERATION, TOKENIZER_FILES, companions
+from kardia_jax.hf.folder import GENERATION, TOKENIZER_FILES
 from kardia_jax.hf.read import load_arrays, require_tokenizer_fits, source_of
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.policy import Compute
@@ -106,7 +106,7 @@ def load(dir: Path, dtype: Dtype = "float32", shardings: Params | None = None) -
     config, tokenizer = source.config(path), source.tokenizer(path)
     spec = ModelSpec.from_hf(config)
     require_tokenizer_fits(tokenizer, spec)
-    files = {name: file.read_bytes() for name, file in companions(path).items()} if path.is_dir() else {}
+    files = {name: file.read_bytes() for name, file in source.companions(path).items()}
     params = load_arrays(path, spec, shardings, dtype)
     spec = spec if tokenizer is None else spec.with_tokens(len(tokenizer))
     return Pretrained(spec, params, tokenizer, Origin(config, files, _description(tokenizer)))

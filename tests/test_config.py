@@ -222,7 +222,7 @@ def test_ratio_bounds_by_preset():
 
 # ---- there and back
 
-OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7, 0.125)
+OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7)
 OTHER = Config(
     run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow")),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
@@ -272,7 +272,8 @@ OTHER = Config(
     eval=EvalConfig(SamplerConfig(0.25, 5, 0.5, 0.25, 44), 3, 2, "last"),
 )
 # One choice only, a switch that belongs to one preset, and an adapter's directory, which names its own rank.
-FIXED = {"judge.kind", "grpo.loss.cispo_clip", "model.adapter"}
+MUON = ("sft.optimizer.muon_learning_rate", "grpo.optimizer.muon_learning_rate")
+FIXED = {"judge.kind", "grpo.loss.cispo_clip", "model.adapter", *MUON}
 
 
 def test_the_other_tree_differs_from_the_default_everywhere():
@@ -282,7 +283,12 @@ def test_the_other_tree_differs_from_the_default_everywhere():
 
 @pytest.mark.parametrize(
     "config",
-    [Config(), OTHER, with_field(with_field(Config(), "grpo.loss.name", "cispo"), "grpo.loss.cispo_clip", "band")],
+    [
+        Config(),
+        OTHER,
+        with_field(with_field(Config(), "grpo.loss.name", "cispo"), "grpo.loss.cispo_clip", "band"),
+        with_field(with_field(Config(), MUON[0], 0.04), MUON[1], 0.02),
+    ],
 )
 def test_json_and_back_is_the_same_config(config):
     again = from_json(to_json(config))
@@ -291,6 +297,13 @@ def test_json_and_back_is_the_same_config(config):
     assert {name: type(value) for name, value in flat(again).items()} == {
         name: type(value) for name, value in flat(config).items()
     }
+
+
+@pytest.mark.parametrize("field", MUON)
+def test_muon_has_no_matrices_in_an_adapter(field):
+    adapting = with_field(Config(), "model.lora.rank", 4)
+    with pytest.raises(ConfigError, match=f"^{field}: wanted none with an adapter, got 0.04"):
+        with_field(adapting, field, 0.04)
 
 
 def test_a_saved_config_with_a_field_of_another_version_is_refused():

@@ -310,6 +310,12 @@ class Config:
     def __post_init__(self) -> None:
         check_choices(self)
         self.model.lora.check_used()
+        adapting = self.model.lora.rank > 0 or self.model.adapter is not None
+        for part, optimizer in (("sft", self.sft.optimizer), ("grpo", self.grpo.optimizer)):
+            muon = optimizer.muon_learning_rate
+            fix = "Muon trains whole matrices; adapters are left to AdamW."
+            allowed = muon is None or not adapting
+            require(allowed, f"{part}.optimizer.muon_learning_rate", "none with an adapter", muon, fix)
         least, group = self.judge.min_valid, self.grpo.group
         require(
             least <= group, "judge.min_valid", f"at most grpo.group = {group}", least, "Every group would be left out."

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from kardia_jax.hf.container import CODES, Dtype
-from kardia_jax.hf.folder import GENERATION, TOKENIZER_FILES, companions
+from kardia_jax.hf.folder import GENERATION, TOKENIZER_FILES
 from kardia_jax.hf.read import (
     Found,
     inspect,
@@ -71,7 +71,7 @@ def convert(
         tensors = functools.partial(origin.tensors, source)
         write_weights(partial, tensors, spec, wanted, max_shard_size, functools.partial(_tell, source, wanted))
         write_json(partial / "config.json", saved_config(config, spec, wanted))
-        _write_companions(partial, source, config, tokenizer)
+        _write_companions(partial, origin.companions(source), config, tokenizer)
         if card is not None and not (partial / "README.md").exists():
             (partial / "README.md").write_text(card, encoding="utf-8")
 
@@ -91,10 +91,9 @@ def _tell(source: pathlib.Path, dtype: Dtype, name: str, was_finite: bool) -> No
 
 
 def _write_companions(
-    dir: pathlib.Path, source: pathlib.Path, config: Mapping[str, Any], tokenizer: "Tokenizer | None"
+    dir: pathlib.Path, kept: Mapping[str, pathlib.Path], config: Mapping[str, Any], tokenizer: "Tokenizer | None"
 ) -> None:
-    """Tokenizer, generation settings and papers: copied where the source is a directory, else made."""
-    kept = companions(source) if source.is_dir() else {}
+    """Tokenizer, generation settings and papers: copied where the source has them as files, else made."""
     for name, file in kept.items():
         shutil.copyfile(file, dir / name)
     if tokenizer is not None and not set(TOKENIZER_FILES) & set(kept):

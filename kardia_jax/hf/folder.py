@@ -1,11 +1,12 @@
-"""A checkpoint as a directory of safetensors, single or sharded: the four questions that reading asks.
+"""A checkpoint as a directory of safetensors, single or sharded: the five questions that reading asks.
 
     config(dir)              the fields of config.json
     inspect(dir)             every tensor, from the headers alone
     tensors(dir, names)      these tensors, in this order, one in memory at a time
     tokenizer(dir)           the tokenizer, or None where the directory has none
+    companions(dir)          files beside the weights that a converted model keeps as they are
 
-``kardia_jax.hf.read`` calls them; a source of another kind answers the same four.
+``kardia_jax.hf.read`` calls them; a source of another kind answers the same five.
 """
 
 import json
@@ -56,7 +57,7 @@ def tensors(dir: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str, np.n
 
 def tokenizer(dir: pathlib.Path) -> "Tokenizer | None":
     """The directory's tokenizer, None where it has none; HfError for one that does not load."""
-    if not any((dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not has_tokenizer(dir):
         return None
     from transformers import AutoTokenizer
 
@@ -65,6 +66,12 @@ def tokenizer(dir: pathlib.Path) -> "Tokenizer | None":
     except Exception as error:  # the library underneath raises a bare Exception for a file that it cannot parse
         fix = "Save it again with tokenizer.save_pretrained, or remove its files."
         raise HfError(f"{dir}: wanted a tokenizer, got {f'{error}'[:200]!r}. {fix}") from error
+
+
+def has_tokenizer(dir: pathlib.Path) -> bool:
+    """Whether any of the files is there from which a tokenizer is made."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((dir / name).is_file() for name in names)
 
 
 def companions(dir: pathlib.Path) -> dict[str, pathlib.Path]:

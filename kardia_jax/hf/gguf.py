@@ -26,7 +26,7 @@ from kardia_jax.hf.tables import Found, HfError
 if TYPE_CHECKING:  # transformers takes a second to import and is only named here
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["config", "inspect", "is_gguf", "tensors", "tokenizer"]
+__all__ = ["companions", "config", "inspect", "is_gguf", "tensors", "tokenizer"]
 
 
 def config(path: pathlib.Path) -> dict[str, Any]:
@@ -61,6 +61,12 @@ def tokenizer(path: pathlib.Path) -> "PreTrainedTokenizerBase":
     from kardia_jax.hf.gguf_tokenizer import tokenizer_of
 
     return tokenizer_of(read(path))
+
+
+def companions(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """None: the file holds tokenizer and settings itself, and what lies beside it may belong to another model."""
+    del path
+    return {}
 
 
 def _by_hf_name(held: Contents) -> dict[str, Stored]:

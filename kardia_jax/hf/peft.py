@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 from kardia_jax.config import ConfigError, LoraConfig
 from kardia_jax.config.lora import ALL, check_targets
 from kardia_jax.hf.tables import HfError, Rule, Sizes, from_hf, hf_shape, leaf, nested, rules, shape, sizes, to_hf
+from kardia_jax.hf.write import take_name
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -102,10 +103,28 @@ def load_adapter(dir: pathlib.Path, spec: ModelSpec) -> tuple[LoraConfig, Params
     return lora, jax.tree.map(jnp.asarray, nested(leaves))
 
 
-def save_adapter(dir: pathlib.Path, lora: LoraConfig, adapter: Params, spec: ModelSpec, base: str, card: str) -> None:
-    """Writes both files and a README.md; replaces an older adapter and no other folder; complete or not at all."""
-    if dir.exists() and any(dir.iterdir()) and not (dir / CONFIG).is_file():
+def require_adapter_target(dir: pathlib.Path, overwrite: bool) -> None:
+    """Raises HfError for a folder in use; ``overwrite`` lets an older adapter go, and no other folder."""
+    if not dir.exists() or (dir.is_dir() and not any(dir.iterdir())):
+        return
+    if not overwrite:
+        raise HfError(f"{dir}: wanted an empty or new folder, got one in use. Choose another, or pass overwrite.")
+    if not (dir / CONFIG).is_file():
         raise HfError(f"{dir}: wanted a new folder or one that holds an adapter, got one in use. Choose another.")
+
+
+def save_adapter(
+    dir: pathlib.Path,
+    lora: LoraConfig,
+    adapter: Params,
+    spec: ModelSpec,
+    base: str,
+    card: str,
+    overwrite: bool = False,
+) -> None:
+    """Writes both files and a README.md; complete or not at all. Raises HfError as ``require_adapter_target``, for a
+    disk that is full and for a weight that is not finite."""
+    require_adapter_target(dir, overwrite)
     partial = dir.with_name(f".{dir.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,22 +134,12 @@ def save_adapter(dir: pathlib.Path, lora: LoraConfig, adapter: Params, spec: Mod
         content = json.dumps(written_config(lora, base), indent=2, sort_keys=True)
         (partial / CONFIG).write_text(content + "\n", encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
-        _take_name(partial, dir)
+        take_name(partial, dir)
     except (OSError, SafetensorError) as error:
         fix = "Free some space, or choose another folder."
         raise HfError(f"{dir}: could not be written: {error}. Nothing was left behind. {fix}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _take_name(partial: pathlib.Path, dir: pathlib.Path) -> None:
-    """Rename; an older adapter steps aside first."""
-    aside = dir.with_name(f".{dir.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    if dir.exists():
-        dir.rename(aside)
-    partial.rename(dir)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def adapter_tensors(lora: LoraConfig, adapter: Params, spec: ModelSpec) -> dict[str, np.ndarray]:

@@ -58,7 +58,7 @@ SCAN = 1 << 18
 
 
 class Source(Protocol):
-    """Where a checkpoint comes from: four questions, answered by a module such as ``kardia_jax.hf.folder``."""
+    """Where a checkpoint comes from: five questions, answered by a module such as ``kardia_jax.hf.folder``."""
 
     def config(self, path: pathlib.Path, /) -> dict[str, Any]: ...
     def inspect(self, path: pathlib.Path, /) -> Sequence[Any]:
@@ -67,6 +67,7 @@ class Source(Protocol):
 
     def tensors(self, path: pathlib.Path, names: Iterable[str], /) -> Iterable[tuple[str, np.ndarray]]: ...
     def tokenizer(self, path: pathlib.Path, /) -> "Tokenizer | None": ...
+    def companions(self, path: pathlib.Path, /) -> dict[str, pathlib.Path]: ...
 
 
 def source_of(path: pathlib.Path) -> Source:

@@ -84,7 +84,7 @@ def published(dir: pathlib.Path, spec: ModelSpec, dtype: Dtype, overwrite: bool)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        _take_name(partial, place)
+        take_name(partial, place)
     except OSError as error:
         fix = "Free some space, or choose another folder."
         raise HfError(f"{dir}: could not be written: {error}. Nothing was left behind. {fix}") from error
@@ -194,7 +194,7 @@ def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _take_name(partial: pathlib.Path, dir: pathlib.Path) -> None:
+def take_name(partial: pathlib.Path, dir: pathlib.Path) -> None:
     """Rename; an older export steps aside first and comes back if the rename fails."""
     if not dir.exists():
         partial.rename(dir)

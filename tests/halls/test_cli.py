@@ -226,7 +226,7 @@ def test_a_prompt_over_the_budget(verb, refused, config_of, config_file):
     [
         ({"model.source": "gpt"}, "model.source: wanted a local directory or one of tiny-qwen2"),
         ({"model.source": "out/hf"}, "model.source: wanted a local Hugging Face directory, got 'out/hf'"),
-        ({"model.tokenizer": "out/hf"}, "model.tokenizer: wanted mini or a directory with tokenizer_config.json"),
+        ({"model.tokenizer": "out/hf"}, "model.tokenizer: wanted mini or a directory with tokenizer.json"),
         ({"data.system_prompt": pathlib.Path("no.txt")}, "data.system_prompt: wanted a UTF-8 text file, got 'no.txt'"),
         ({"data.max_prompt_tokens": 2048}, "data.max_prompt_tokens: wanted at most the model's 2048 positions"),
         ({"run.resume": True}, "run.resume: wanted a complete checkpoint in"),

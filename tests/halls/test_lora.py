@@ -14,6 +14,7 @@ from kardia_jax.evaluate import evaluate
 from kardia_jax.export import export_adapter, export_final, export_run
 from kardia_jax.grpo.optimizer import make_optimizer
 from kardia_jax.grpo.update import init_state
+from kardia_jax.hf.tables import HfError
 from kardia_jax.model.lora import merged_model
 from kardia_jax.model.policy import Compute, logits
 from kardia_jax.policies import adapted, load_policy, with_new_adapter
@@ -162,6 +163,11 @@ def test_an_interrupted_run_is_exported_both_ways(lora_config, start, killed_at,
     with killed_at(sft, "check_progress", 4) as killed, pytest.raises(killed):
         train_sft(config, start())
     export_run(config.run.dir, tmp_path / "hf", "float32", overwrite=False, adapter=tmp_path / "adapter")
+    with pytest.raises(HfError, match=r"adapter: wanted an empty or new folder, got one in use"):
+        export_run(config.run.dir, tmp_path / "other", "float32", overwrite=False, adapter=tmp_path / "adapter")
+    with pytest.raises(HfError, match="wanted a folder apart"):
+        export_run(config.run.dir, tmp_path / "other", "float32", overwrite=False, adapter=tmp_path / "other" / "a")
+    assert not (tmp_path / "other").exists()
     merged = load_policy(ModelConfig(source=str(tmp_path / "hf")), seed=0)
     again = load_policy(ModelConfig(source="nano", adapter=tmp_path / "adapter"), seed=0)
     np.testing.assert_allclose(

@@ -166,6 +166,14 @@ def test_a_directory_without_tokenizer_takes_the_configured_one(params_of, tmp_p
     assert policy.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
+def test_half_a_tokenizer_is_not_replaced_by_the_configured_one(params_of, tmp_path):
+    config = written(tmp_path / "hf", padded(params_of[True], 20), words_tokenizer(extra=TAGS), spec_with(20))
+    (tmp_path / "hf" / "tokenizer_config.json").unlink()
+    # Its 20 words and an end token that transformers adds; the configured one has thousands.
+    with pytest.raises(SpecError, match=r"tokenizer: wanted at most 20 ids \(the table\), got 21"):
+        load_policy(config, seed=0)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -1,6 +1,7 @@
 """A GGUF file as the source of a policy: our own model on its numbers, its tokenizer and its ends."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import torch
 from gguf import TokenType
 from tokenizers import pre_tokenizers
 
+import kardia_jax
 from kardia_jax.config import ModelConfig
 from kardia_jax.dialogue.spans import TAGS
 from kardia_jax.hf import gguf
+from kardia_jax.hf.convert import convert
 from kardia_jax.hf.read import load_params
 from kardia_jax.hf.tables import HfError
 from kardia_jax.model.policy import Compute, logits
@@ -84,3 +87,21 @@ def test_metadata_and_tensors_must_agree(write_gguf):
     made = write_gguf("qwen2", extra=lambda writer: writer.add_block_count(3), file="three.gguf")
     with pytest.raises(HfError, match=r"missing: model.layers.2.input_layernorm.weight"):
         load_policy(ModelConfig(source=str(made.file)), seed=0)
+
+
+def test_an_imported_file_brings_its_own_tokenizer_and_ends_whatever_lies_beside_it(write_gguf, tmp_path):
+    made = written(write_gguf, "qwen2", "Q8_0")
+    (tmp_path / "in").mkdir()
+    shutil.copy(made.file, tmp_path / "in" / "model.gguf")
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / "in" / name).write_text('{"eos_token_id": 1}', "utf-8")
+    convert(tmp_path / "in", tmp_path / "out")
+    wanted = gguf.tokenizer(made.file)
+    imported = kardia_jax.load(tmp_path / "out")
+    assert imported.tokenizer is not None
+    assert imported.tokenizer.get_vocab() == wanted.get_vocab()
+    assert imported.tokenizer.chat_template == wanted.chat_template
+    assert set(imported.end_ids) == {259, 260}
+    tokens, lengths = np.arange(1, 25, dtype=np.int32).reshape(1, -1), np.array([24])
+    packed = kardia_jax.logits(kardia_jax.load(made.file), tokens, lengths)
+    np.testing.assert_array_equal(kardia_jax.logits(imported, tokens, lengths), packed)
