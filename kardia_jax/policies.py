@@ -1,6 +1,6 @@
 """A policy as a unit: spec, parameters, tokenizer and the ids that end a completion.
 
-It comes from a built-in random shape or a local Hugging Face directory:
+It comes from a built-in random shape, a local Hugging Face directory or a GGUF file:
 
     policy = load_policy(ModelConfig(source="demo-qwen3"), seed=0)
     policy = load_policy(ModelConfig(source="runs/demo/hf"), seed=0)
@@ -10,10 +10,9 @@ it has room and by growing the table otherwise; their rows start from the mean o
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from kardia_jax.config import FULL, ConfigError, LoraConfig, ModelConfig
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.dialogue.spans import END_TAG, TAGS
 from kardia_jax.hf import gguf
-from kardia_jax.hf.folder import has_tokenizer
+from kardia_jax.hf.folder import GENERATION, has_tokenizer, read_json
 from kardia_jax.hf.peft import load_adapter
 from kardia_jax.hf.read import load_arrays
 from kardia_jax.keys import Purpose, key_for
@@ -183,7 +182,7 @@ def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
     if not (folder / "config.json").is_file():
         fix = "Give a directory as written by save_pretrained or by `kardia export`."
         raise ConfigError("model.source", "a directory with config.json", config.source, fix)
-    spec = ModelSpec.from_hf(_read_json(folder / "config.json"))
+    spec = ModelSpec.from_hf(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else config.tokenizer)
     params = load_arrays(folder, spec, dtype=config.lora.base)
     return _assembled(spec, params, tokenizer, _generation_ends(folder))
@@ -207,20 +206,10 @@ def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBa
     return Policy(spec.with_tokens(len(tokenizer)), params, tokenizer, tuple(sorted(ends)))
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(str(file), "a JSON object", f"{error}", "Download or export it again.") from error
-    if not isinstance(found, dict):
-        raise ConfigError(str(file), "a JSON object", type(found).__name__, "Download or export it again.")
-    return found
-
-
 def _generation_ends(folder: pathlib.Path) -> frozenset[int]:
     """``eos_token_id`` of generation_config.json: models such as Qwen stop at more ids than their tokenizer names."""
-    file = folder / "generation_config.json"
-    return _ends(_read_json(file).get("eos_token_id") if file.is_file() else None)
+    file = folder / GENERATION
+    return _ends(read_json(file).get("eos_token_id") if file.is_file() else None)
 
 
 def _ends(ids: int | list[int] | None) -> frozenset[int]:

@@ -61,6 +61,7 @@ def test_a_batch_may_be_larger_than_the_set():
         ({"items": NAMES, "batch": 0}, "batch: wanted a positive multiple"),
         ({"items": NAMES, "batch": 3, "shards": 2}, "shards = 2, got 3"),
         ({"items": NAMES, "batch": 4, "shard": 2, "shards": 2}, "shard: wanted 0 to 1, got 2"),
+        ({"items": NAMES, "batch": 4, "window": 0}, "window: wanted at least 1, got 0"),
     ],
 )
 def test_impossible_batches_are_refused(arguments: dict, message: str):
