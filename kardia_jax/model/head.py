@@ -56,9 +56,14 @@ def _slices(x: Array, chunk: int) -> Array:
     return jnp.pad(x, padding).reshape(-1, chunk, *x.shape[1:])
 
 
-def _distribution(z: Array, temperature: Array, sampled_tokens: int) -> tuple[Array, Array]:
-    """(log p, p) of a slice of logits; log p is very low but finite where p is 0, so that 0 * log 0 is 0."""
-    logp = jnp.maximum(jax.nn.log_softmax(_without_padding(z, sampled_tokens) / temperature, -1), FLOOR)
+def _scaled(z: Array, temperature: Array, sampled_tokens: int) -> Array:
+    """Logits as sampled from: without padding rows, over the temperature."""
+    return _without_padding(z, sampled_tokens) / temperature
+
+
+def _distribution(z: Array, lse: Array) -> tuple[Array, Array]:
+    """(log p, p) of a slice of scaled logits; log p is very low but finite where p is 0, so that 0 * log 0 is 0."""
+    logp = jnp.maximum(z - lse[:, None], FLOOR)
     return logp, jnp.exp(logp)
 
 
@@ -72,27 +77,29 @@ def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk, so
 
     def stats(piece):
         h, token, _ = piece
-        logp, p = _distribution(model_logits(h, low, softcap), temperature, sampled_tokens)
-        return jnp.take_along_axis(logp, token[:, None], 1)[:, 0], -jnp.sum(p * logp, -1)
+        z = _scaled(model_logits(h, low, softcap), temperature, sampled_tokens)
+        lse = jax.nn.logsumexp(z, -1)
+        logp, p = _distribution(z, lse)
+        return jnp.take_along_axis(logp, token[:, None], 1)[:, 0], -jnp.sum(p * logp, -1), lse
 
     def slice_stats(_, piece):
         return None, jax.lax.cond(piece[2].any(), stats, _nothing, piece)
 
     order, pieces = _kept_first(keep, chunk, hidden, tokens, keep)
     _, out = jax.lax.scan(slice_stats, None, pieces)
-    logprobs, entropy = (jnp.where(keep, _back(x, order), 0.0) for x in out)
-    return (logprobs, entropy), (hidden, table, tokens, keep, temperature, entropy)
+    logprobs, entropy, lse = (jnp.where(keep, _back(x, order), 0.0) for x in out)
+    return (logprobs, entropy), (hidden, table, tokens, keep, temperature, entropy, lse)
 
 
 def _backward(sampled_tokens, chunk, softcap, residuals, cotangents):
-    hidden, table, tokens, keep, temperature, entropy = residuals
+    hidden, table, tokens, keep, temperature, entropy, lse = residuals
     low = table.astype(hidden.dtype)
     cotangents = [jnp.where(keep, x, 0.0) for x in cotangents]
 
     def gradient(total, piece):
-        h, token, _, ent, a, b = piece
+        h, token, _, ent, norm, a, b = piece
         z = model_logits(h, low, softcap)
-        logp, p = _distribution(z, temperature, sampled_tokens)
+        logp, p = _distribution(_scaled(z, temperature, sampled_tokens), norm)
         dz = -p * (a[:, None] + b[:, None] * (logp + ent[:, None]))
         dz = dz.at[jnp.arange(token.size), token].add(a) / temperature
         dz = _uncapped(dz, z, softcap).astype(h.dtype)
@@ -106,14 +113,14 @@ def _backward(sampled_tokens, chunk, softcap, residuals, cotangents):
     def slice_gradient(total, piece):
         return jax.lax.cond(piece[2].any(), gradient, skip, total, piece)
 
-    order, pieces = _kept_first(keep, chunk, hidden, tokens, keep, entropy, *cotangents)
+    order, pieces = _kept_first(keep, chunk, hidden, tokens, keep, entropy, lse, *cotangents)
     dw, dh = jax.lax.scan(slice_gradient, jnp.zeros(table.shape, jnp.float32), pieces)
     return _back(dh, order), dw.astype(table.dtype), None, None, jnp.zeros_like(temperature)
 
 
 def _nothing(piece):
     zeros = jnp.zeros(piece[1].shape, jnp.float32)
-    return zeros, zeros
+    return zeros, zeros, zeros
 
 
 def _kept_first(keep: Bool[Array, " N"], chunk: int, *arrays: Array) -> tuple[Int[Array, " N"], tuple[Array, ...]]:

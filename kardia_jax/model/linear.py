@@ -7,10 +7,14 @@ With x = [1, 2], W the identity, lora_a = [[1], [0]] and lora_b = [[10, 0]] the 
 Nothing else in the model knows of adapters; ``kardia_jax/model/lora.py`` makes them and folds their scale into lora_b.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kardia_jax.types import Params
@@ -32,7 +36,7 @@ class Linear(nn.Module):
             y = y + self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
         if self.has_variable("params", "lora_a"):
             y = y + adapter_output(x, dict(self.variables["params"]), self.inputs)
-        return y
+        return checkpoint_name(y, self.name or "linear")
 
 
 def kernel_init(key: Array, taken: tuple[int, ...], features: tuple[int, ...]) -> Float[Array, "..."]:
@@ -41,10 +45,38 @@ def kernel_init(key: Array, taken: tuple[int, ...], features: tuple[int, ...]) -
     return nn.initializers.lecun_normal()(key, flat, jnp.float32).reshape(*taken, *features)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
-    """x [..., in...] times kernel [in..., out...], in the type of x."""
-    last, first = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), ((last, first), ((), ())))
+    """x [..., in...] times kernel [in..., out...], in the type of x; the kernel's gradient is summed in its own type."""
+    return _product(x, kernel.astype(x.dtype), (_last(x, inputs), _first(inputs)))
+
+
+def _contract_forward(x: Array, kernel: Array, inputs: int) -> tuple[Array, tuple[Array, Array]]:
+    return contract(x, kernel, inputs), (x, kernel)
+
+
+def _contract_backward(inputs: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    """dx = dy Wᵀ and dW = xᵀ dy. Automatic differentiation writes the second as (dyᵀ x)ᵀ, for which XLA copies dy
+    transposed: a tenth of the gradient's time on CPU. bfloat16 inputs are summed into the float32 of the masters."""
+    x, kernel = saved
+    outputs, rows = kernel.ndim - inputs, _first(x.ndim - inputs)
+    dx = _product(dy, kernel.astype(x.dtype), (_last(dy, outputs), _last(kernel, outputs)))
+    return dx, _product(x, dy, (rows, rows), kernel.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+def _product(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike | None = None) -> Array:
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
+
+
+def _first(count: int) -> tuple[int, ...]:
+    return tuple(range(count))
+
+
+def _last(x: Array, count: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - count, x.ndim))
 
 
 def adapter_output(x: Float[Array, "..."], params: Params, inputs: int) -> Float[Array, "..."]:

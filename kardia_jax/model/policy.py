@@ -42,6 +42,10 @@ class Compute:
     """Blocks per trip of the scan over layers."""
 
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up")
+"""Outputs of a block's linear layers that its backward pass reads; that of ``down`` is only added."""
+
+
 class LayerCache(NamedTuple):
     """Keys and values of one layer while decoding."""
 
@@ -280,5 +284,5 @@ def _remat(block: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
     """The block as the backward pass should see it."""
     if compute.remat == "none":
         return block
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if compute.remat == "dots" else None
+    policy = jax.checkpoint_policies.save_only_these_names(*PROJECTIONS) if compute.remat == "dots" else None
     return jax.checkpoint(block, policy=policy, prevent_cse=False)
