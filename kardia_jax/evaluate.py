@@ -22,6 +22,7 @@ from kardia_jax.dialogue.emotions import EMOTIONS
 from kardia_jax.dialogue.prompt import Prompt, load_system_prompt, prompts_of
 from kardia_jax.dialogue.spans import Spans
 from kardia_jax.keys import Purpose, row_keys
+from kardia_jax.model.decoding import Storage
 from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.intervals import (
     Interval,
@@ -88,7 +89,9 @@ def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
     """Answers every test prompt and grades the answers; a draw depends on seed, prompt and sample alone."""
     check_positions(policy.spec, config.data.max_prompt_tokens, config.eval.sampler.max_new_tokens, "eval.sampler")
     prompts, settings = held_out_prompts(config, policy), config.eval
-    sampler = sampler_of(policy, make_generate(policy.spec, compute_for(config.model)))
+    storage = Storage(settings.sampler.kv_dtype, settings.sampler.weights_dtype)
+    generate = make_generate(policy.spec, compute_for(config.model), storage, settings.sampler.rows)
+    sampler = sampler_of(policy, generate)
     params, texts_P_G = policy.full(), []
     for start in range(0, len(prompts), settings.batch):
         texts_P_G += _answers(sampler, params, prompts, start, settings, config.run.seed)

@@ -31,7 +31,8 @@ from kardia_jax.model.lora import init_adapter, joined, merged_model
 from kardia_jax.model.policy import init
 from kardia_jax.model.shapes import named_shape
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.rollout.engine import Generate, Sampler
+from kardia_jax.rollout.batching import Generate
+from kardia_jax.rollout.engine import Sampler
 from kardia_jax.types import NOTHING, Params
 
 

@@ -192,11 +192,11 @@ def generate(
             lengths,
             row_keys(seed, Purpose.ROLLOUT, 0, jnp.arange(len(rows)), n),
             Controls.from_config(controls),
-            jnp.array(policy.end_ids, jnp.int32),
-            jnp.int32(pad),
+            policy.end_ids,
+            pad,
             max_new_tokens=max_new_tokens,
         )
-    drawn = zip(*jax.device_get((rollouts.tokens, rollouts.lengths, rollouts.tempered_logprobs)), strict=True)
+    drawn = zip(rollouts.tokens, rollouts.lengths, rollouts.tempered_logprobs, strict=True)
     return [[_completion(policy, *sample) for sample in zip(*group, strict=True)] for group in drawn]
 
 

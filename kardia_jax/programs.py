@@ -7,6 +7,7 @@ so a run compiles each program once per pair of sizes; the same model evaluated 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,12 @@ from jaxtyping import Array, Float, Int
 from kardia_jax.config import FULL, LoraConfig, ModelConfig
 from kardia_jax.grpo.update import Objective, completion_mask, make_update
 from kardia_jax.keys import Purpose, key_for
+from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_logprobs
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.rollout.engine import Generate
-from kardia_jax.rollout.sampler import generate
+from kardia_jax.rollout import sampler
+from kardia_jax.rollout.batching import Generate, Programs, roll_out
 from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
 
 CompiledUpdate = Callable[..., tuple[TrainState, dict[str, Mean]]]
@@ -36,9 +38,21 @@ def compute_for(config: ModelConfig) -> Compute:
 
 
 @functools.cache
-def make_generate(spec: ModelSpec, compute: Compute) -> Generate:
-    """``rollout.sampler.generate`` without its first two arguments; ``max_new_tokens`` is static."""
-    return jax.jit(functools.partial(generate, spec, compute), static_argnames="max_new_tokens")
+def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPUTED, rows: int = 0) -> Generate:
+    """``rollout.batching.roll_out`` with its compiled programs, for at most ``rows`` rows at once (0: no limit)."""
+
+    def model(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, spec, compute, storage)
+
+    programs = Programs(
+        weights=jax.jit(lambda params: decoding_weights(spec, params, compute.dtype, storage)),
+        empty=jax.jit(model(sampler.empty), static_argnames=("size", "columns", "budget")),
+        admit=jax.jit(model(sampler.admit), donate_argnames="rows"),
+        decode=jax.jit(model(sampler.decode), donate_argnames="rows"),
+        grow=jax.jit(sampler.grow, static_argnames="columns"),
+        keep=jax.jit(sampler.keep),
+    )
+    return functools.partial(roll_out, programs, rows)
 
 
 def score(

@@ -22,6 +22,7 @@ from kardia_jax.grpo.losses import entropy_floor, make_loss
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import completion_mask, grpo_objective, init_state
 from kardia_jax.keys import Purpose, row_keys
+from kardia_jax.model.decoding import Storage
 from kardia_jax.observe.measures import merge, to_host, values
 from kardia_jax.policies import Policy, check_positions, sampler_of
 from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score
@@ -47,7 +48,8 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
 
     # ---- Programs
     compute = compute_for(config.model)
-    sampler = sampler_of(policy, make_generate(policy.spec, compute))
+    storage = Storage(grpo.sampler.kv_dtype, grpo.sampler.weights_dtype)
+    sampler = sampler_of(policy, make_generate(policy.spec, compute, storage, grpo.sampler.rows))
     score = make_score(policy.spec, compute)
     updates = steps * grpo.minibatches * grpo.passes
     optimizer = make_optimizer(grpo.optimizer, updates)
@@ -119,11 +121,11 @@ def rollout_batch(sampled: Sampled, grpo: GrpoConfig) -> GroupBatch:
     return GroupBatch(
         prompt_tokens=jnp.asarray(sampled.prompt_tokens),
         prompt_lengths=jnp.broadcast_to(sampled.prompt_lengths[:, None], rollouts.lengths.shape),
-        completion_tokens=rollouts.tokens,
-        completion_lengths=rollouts.lengths,
+        completion_tokens=jnp.asarray(rollouts.tokens),
+        completion_lengths=jnp.asarray(rollouts.lengths),
         advantages=jnp.zeros(rollouts.lengths.shape),
-        loss_rows=rollouts.stopped | (not grpo.loss.mask_truncated),
-        sampler_logprobs=rollouts.sampler_logprobs if corrected else rollouts.tempered_logprobs,
+        loss_rows=jnp.asarray(rollouts.stopped | (not grpo.loss.mask_truncated)),
+        sampler_logprobs=jnp.asarray(rollouts.sampler_logprobs if corrected else rollouts.tempered_logprobs),
     )
 
 
@@ -161,7 +163,7 @@ def minibatches(batch: GroupBatch, grpo: GrpoConfig) -> list[GroupBatch]:
 def advantages_of(graded: Graded, sampled: Sampled, config: Config) -> tuple[Float[Array, "P G"], dict[str, float]]:
     """Advantages of the step, and how much signal its groups carry."""
     grpo, combined = config.grpo, graded.combined
-    lengths = jnp.asarray(sampled.lengths_P_G)
+    lengths = jnp.asarray(sampled.rollouts.lengths)
     penalty = soft_overlong_penalty(lengths, grpo.sampler.max_new_tokens, grpo.loss.overlong_buffer)
     rewards, valid = jnp.asarray(combined.rewards_P_G, jnp.float32) + penalty, jnp.asarray(combined.valid_P_G)
     terms, weights = (
@@ -187,7 +189,7 @@ def enough_verdicts(graded: Graded, least: int) -> Bool[Array, "P 1"]:
 
 def rollout_metrics(sampled: Sampled, graded: Graded) -> dict[str, float]:
     """Lengths, truncation, signs of reward hacking, and tokens handled in the step."""
-    lengths = sampled.lengths_P_G
+    lengths = sampled.rollouts.lengths
     replies: Sequence[str] = [p.response for row in graded.parsed_P_G for p in row if isinstance(p, Spans)]
     combined = graded.combined
     signs = hacking_signs(

@@ -1,4 +1,4 @@
-"""The nouns that live on the device, and the alphabet of axes.
+"""The nouns that sampler, learner and loops exchange, and the alphabet of axes.
 
 P prompts in the batch · G completions per prompt · S prompt positions · T completion positions · V vocabulary ·
 D model width · H query heads · K kv heads · Q = H/K · E head dim · F mlp width · L layers · R rubric criteria ·
@@ -7,11 +7,12 @@ N rows, whatever they are (in the pure maths N = P * G).
 Masks are bool and say what is *kept*. Padding is always on the right, with lengths beside it. ``logprobs`` always has
 an owner: ``policy_``, ``old_``, ``ref_`` or ``sampler_``; the unit is nats.
 
-Host nouns (dialogues, spans, verdicts) live with the rooms that make them and know no JAX.
+Nouns of text (dialogues, spans, verdicts) live with the rooms that make them and know no JAX.
 """
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]
@@ -32,16 +33,16 @@ class Mean(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """G sampled completions for each of P prompts."""
+    """G sampled completions for each of P prompts, on the host."""
 
-    tokens: Int[Array, "P G T"]
-    lengths: Int[Array, "P G"]
+    tokens: Int[np.ndarray, "P G T"]
+    lengths: Int[np.ndarray, "P G"]
     """Number of sampled tokens, the stop token included."""
-    sampler_logprobs: Float[Array, "P G T"]
+    sampler_logprobs: Float[np.ndarray, "P G T"]
     """Log-prob of each token under the distribution that it was really drawn from (after top-k, top-p, min-p)."""
-    tempered_logprobs: Float[Array, "P G T"]
+    tempered_logprobs: Float[np.ndarray, "P G T"]
     """Log-prob of each token under softmax(logits / temperature), nothing filtered."""
-    stopped: Bool[Array, "P G"]
+    stopped: Bool[np.ndarray, "P G"]
     """True where a stop token ended the row; False where the token budget did."""
 
 

@@ -120,6 +120,13 @@ class SamplerConfig:
     """Drop tokens less likely than this share of the most likely one."""
     max_new_tokens: int = 512
     """Token budget of a completion."""
+    rows: int = 0
+    """Most completions decoded at once, in whole groups; waiting prompts take the place of groups that are done; 0 is
+    all."""
+    kv_dtype: Literal["compute", "bfloat16", "int8"] = "compute"
+    """Type of the keys and values that are kept; the learner's stay in the compute type."""
+    weights_dtype: Literal["compute", "int8"] = "compute"
+    """Type of the sampler's copy of the blocks' kernels; int8 has one scale per output."""
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, "sampler.temperature", "0 (greedy) or more", self.temperature)
@@ -127,6 +134,7 @@ class SamplerConfig:
         require(0 < self.top_p <= 1, "sampler.top_p", "a number in (0, 1]", self.top_p)
         require(0 <= self.min_p < 1, "sampler.min_p", "a number in [0, 1)", self.min_p)
         require(self.max_new_tokens >= 1, "sampler.max_new_tokens", "at least 1", self.max_new_tokens)
+        require(self.rows >= 0, "sampler.rows", "0 (all) or more", self.rows)
 
 
 @dataclass(frozen=True)
@@ -271,6 +279,10 @@ class GrpoConfig:
             "0 with advantage.scale gdpo",
             self.loss.overlong_buffer,
             fix,
+        )
+        rows, fix = self.sampler.rows, "A group is never split."
+        require(
+            rows == 0 or rows >= self.group, "grpo.sampler.rows", f"0 or at least grpo.group = {self.group}", rows, fix
         )
         fix = "Greedy completions of one prompt are all alike; set grpo.sampler.temperature above 0."
         require(self.sampler.temperature > 0, "grpo.sampler.temperature", "more than 0", 0.0, fix)

@@ -2,12 +2,11 @@
 
     kernel [in..., out...]    bias [out...]    lora_a [in..., r]    lora_b [r, out...]
     dropout/{key [], keep []}                          in the learner's gradient pass only
+    kernel_scale [out...]                              of an int8 kernel, in the sampler only
 
 With x = [1, 2], W the identity, lora_a = [[1], [0]] and lora_b = [[10, 0]] the output is [1, 2] + [10, 0] = [11, 2].
 Nothing else in the model knows of adapters; ``kardia_jax/model/lora.py`` makes them and folds their scale into lora_b.
 """
-
-import functools
 
 import flax.linen as nn
 import jax
@@ -32,6 +31,8 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         taken = x.shape[x.ndim - self.inputs :]
         y = contract(x, self.param("kernel", kernel_init, taken, self.features), self.inputs)
+        if self.has_variable("params", "kernel_scale"):
+            y = y * jnp.asarray(self.get_variable("params", "kernel_scale"), x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, self.features).astype(x.dtype)
         if self.has_variable("params", "lora_a"):
@@ -45,9 +46,8 @@ def kernel_init(key: Array, taken: tuple[int, ...], features: tuple[int, ...]) -
     return nn.initializers.lecun_normal()(key, flat, jnp.float32).reshape(*taken, *features)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int) -> Float[Array, "..."]:
-    """x [..., in...] times kernel [in..., out...], in the type of x; the kernel's gradient is summed in its own type."""
+    """x [..., in...] times kernel [in..., out...], in the type of x; the kernel's gradient is summed in its type."""
     return _product(x, kernel.astype(x.dtype), (_last(x, inputs), _first(inputs)))
 
 
@@ -64,10 +64,13 @@ def _contract_backward(inputs: int, saved: tuple[Array, Array], dy: Array) -> tu
     return dx, _product(x, dy, (rows, rows), kernel.dtype)
 
 
+contract = jax.custom_vjp(contract, nondiff_argnums=(2,))
 contract.defvjp(_contract_forward, _contract_backward)
 
 
-def _product(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike | None = None) -> Array:
+def _product(
+    a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike | None = None
+) -> Array:
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
 
 

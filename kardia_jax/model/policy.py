@@ -2,8 +2,6 @@
 
 A group of G completions shares one prompt, which is run once:
 
-- ``prefill`` gives the prompt's keys and values and its last hidden state,
-- ``decode_step`` adds one token to each of the P x G rows,
 - ``group_logprobs`` scores whole completions, with gradient through the shared prompt; each completion may continue
   the prompt after a length of its own, so the answers of one conversation share it as samples of one question do,
 - ``logits`` is the plain forward pass of ordinary rows, for conversion checks and as the reference in tests.
@@ -14,7 +12,7 @@ Compute happens in ``Compute.dtype``; parameters are float32 masters.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -23,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kardia_jax.model.attention import Scoring, Window, causal, causal_attention, group_attention
 from kardia_jax.model.head import model_logits, token_logprobs
-from kardia_jax.model.layers import Block, Kind, kinds, norm, rotations, stacked_kinds, turn_of
-from kardia_jax.model.lora import merged
+from kardia_jax.model.layers import Block, Kind, norm, rotations, stacked_kinds, turn_of
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -46,15 +43,6 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up")
 """Outputs of a block's linear layers that its backward pass reads; that of ``down`` is only added."""
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer while decoding."""
-
-    prompt_k: Float[Array, "P K S E"]
-    prompt_v: Float[Array, "P K S E"]
-    k: Float[Array, "P G K T E"]
-    v: Float[Array, "P G K T E"]
-
-
 def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
     """Random float32 parameters.
 
@@ -64,7 +52,7 @@ def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
     """
     block_key, embed_key, head_key = jax.random.split(key, 3)
     x, turn = jnp.zeros((1, 1, spec.width)), rotations(spec, jnp.zeros((1, 1), int)).full
-    attend = functools.partial(_attend_prompt, scoring=_scoring(spec), window=None)
+    attend = functools.partial(_attend_prompt, scoring=scoring_of(spec), window=None)
     residual = (2 * spec.layers) ** -0.5
 
     def init_block(layer_key: Key[Array, ""]) -> Params:
@@ -91,63 +79,14 @@ def head_table(params: Params) -> Float[Array, "V D"]:
     return params.get("head", params["embed"])["embedding"]
 
 
-def layer_slices(spec: ModelSpec, params: Params, dtype: str) -> list[Params]:
-    """The stacked blocks as a list, adapters merged, cast for compute: taken once, outside the decode loop."""
-
-    def layer(index: int) -> Params:
-        one = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), merged(one))
-
-    return [layer(index) for index in range(spec.layers)]
-
-
 def logits(
     spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B S V"]:
     """Logits of plain right-padded rows, float32, padding rows of the table included; positions from ``lengths`` on
     mean nothing (causality keeps them from the others)."""
     del lengths
-    x, _ = _run_prompt(spec, compute, params, tokens)
-    return model_logits(_final_norm(spec, params, x), head_table(params), spec.final_softcap)
-
-
-def prefill(
-    spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "P S"], lengths: Int[Array, " P"]
-) -> tuple[Float[Array, "P D"], Float[Array, "L P K S E"], Float[Array, "L P K S E"]]:
-    """Runs each prompt once: its last hidden state (after the final norm), keys and values of every layer."""
-    x, (k, v) = _run_prompt(spec, compute, params, tokens)
-    return _final_norm(spec, params, _at(x, lengths[:, None] - 1)[:, 0]), k, v
-
-
-def decode_step(
-    spec: ModelSpec,
-    compute: Compute,
-    params: Params,
-    layers: list[Params],
-    caches: list[LayerCache],
-    prompt_lengths: Int[Array, "P G"],
-    tokens: Int[Array, "P G"],
-    position: Int[Array, ""],
-) -> tuple[Float[Array, "P G D"], list[LayerCache]]:
-    """Feeds the completion token at ``position`` (the same for all rows) and gives the hidden state after it.
-
-    ``layers`` are ``layer_slices`` of the blocks; ``params`` is read for the embedding and the final norm only.
-    """
-    x = _embed(spec, params, tokens[..., None], compute)
-    turns = rotations(spec, prompt_lengths[..., None] + position)
-    written = []
-    for layer, cache, kind in zip(layers, caches, kinds(spec), strict=True):
-        attend = functools.partial(
-            _attend_decode,
-            cache=cache,
-            prompt_lengths=prompt_lengths,
-            position=position,
-            scoring=_scoring(spec),
-            window=kind.window,
-        )
-        x, cache = _apply(Block(spec), layer, x, turn_of(turns, kind), attend)
-        written.append(cache)
-    return _final_norm(spec, params, x[:, :, 0]), written
+    x, _ = run_prompt(spec, compute, params, tokens)
+    return model_logits(final_norm(spec, params, x), head_table(params), spec.final_softcap)
 
 
 def group_hidden(
@@ -164,18 +103,18 @@ def group_hidden(
 
     def block(carry: tuple[Array, Array], layer: tuple[Params, Kind]) -> tuple[tuple[Array, Array], None]:
         (prompt, completion), (weights, kind) = carry, layer
-        how = {"scoring": _scoring(spec), "window": kind.window}
+        how = {"scoring": scoring_of(spec), "window": kind.window}
         attend_prompt = functools.partial(_attend_prompt, **how)
-        prompt, (k, v) = _apply(Block(spec), weights, prompt, turn_of(prompt_turns, kind), attend_prompt)
+        prompt, (k, v) = apply(Block(spec), weights, prompt, turn_of(prompt_turns, kind), attend_prompt)
         attend_group = functools.partial(_attend_group, prompt_k=k, prompt_v=v, prompt_lengths=prompt_lengths, **how)
-        completion, _ = _apply(Block(spec), weights, completion, turn_of(turns, kind), attend_group)
+        completion, _ = apply(Block(spec), weights, completion, turn_of(turns, kind), attend_group)
         return (prompt, completion), None
 
-    start = _embed(spec, params, prompt_tokens, compute), _embed(spec, params, completion_tokens, compute)
+    start = embed(spec, params, prompt_tokens, compute), embed(spec, params, completion_tokens, compute)
     stack = params["blocks"], stacked_kinds(spec)
     (prompt, completion), _ = jax.lax.scan(_remat(block, compute), start, stack, unroll=compute.unroll)
     first = _at(prompt, prompt_lengths - 1)
-    return _final_norm(spec, params, jnp.concatenate([first[:, :, None], completion[:, :, :-1]], 2))
+    return final_norm(spec, params, jnp.concatenate([first[:, :, None], completion[:, :, :-1]], 2))
 
 
 def group_logprobs(
@@ -204,18 +143,18 @@ def group_logprobs(
     return logprobs.reshape(shape), entropy.reshape(shape)
 
 
-def _run_prompt(
+def run_prompt(
     spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S D"], tuple[Array, Array]]:
     turns = rotations(spec, jnp.arange(tokens.shape[1])[None])
 
     def block(x: Array, layer: tuple[Params, Kind]) -> tuple[Array, tuple[Array, Array]]:
         weights, kind = layer
-        attend = functools.partial(_attend_prompt, scoring=_scoring(spec), window=kind.window)
-        return _apply(Block(spec), weights, x, turn_of(turns, kind), attend)
+        attend = functools.partial(_attend_prompt, scoring=scoring_of(spec), window=kind.window)
+        return apply(Block(spec), weights, x, turn_of(turns, kind), attend)
 
     stack = params["blocks"], stacked_kinds(spec)
-    return jax.lax.scan(_remat(block, compute), _embed(spec, params, tokens, compute), stack, unroll=compute.unroll)
+    return jax.lax.scan(_remat(block, compute), embed(spec, params, tokens, compute), stack, unroll=compute.unroll)
 
 
 def _attend_prompt(q: Array, k: Array, v: Array, scoring: Scoring, window: Window) -> tuple[Array, tuple[Array, Array]]:
@@ -237,43 +176,22 @@ def _attend_group(
     return group_attention(q, k, v, *prompt, causal(q.shape[3]), steps, scoring, window), None
 
 
-def _attend_decode(
-    q: Array,
-    k: Array,
-    v: Array,
-    cache: LayerCache,
-    prompt_lengths: Array,
-    position: Array,
-    scoring: Scoring,
-    window: Window,
-) -> tuple[Array, LayerCache]:
-    at = (0, 0, 0, position, 0)
-    cache = cache._replace(
-        k=jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
-        v=jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
-    )
-    written = (jnp.arange(cache.k.shape[3]) <= position)[None, None]
-    prompt = (cache.prompt_k, cache.prompt_v, prompt_lengths)
-    out = group_attention(q, cache.k, cache.v, *prompt, written, position[None], scoring, window)
-    return out, cache
-
-
-def _apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
+def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
     """A Linen module on these parameters; modules here have no state, so the result is the output alone."""
     return module.apply({"params": params}, *inputs)
 
 
-def _scoring(spec: ModelSpec) -> Scoring:
+def scoring_of(spec: ModelSpec) -> Scoring:
     return Scoring(spec.score_scale, spec.attention_softcap)
 
 
-def _embed(spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
+def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
     x = params["embed"]["embedding"][tokens].astype(compute.dtype)
     return x * jnp.asarray(spec.width**0.5, jnp.float32).astype(compute.dtype) if spec.traits.embed_scaled else x
 
 
-def _final_norm(spec: ModelSpec, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    return _apply(norm(spec), params["final_norm"], x)
+def final_norm(spec: ModelSpec, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    return apply(norm(spec), params["final_norm"], x)
 
 
 def _at(x: Float[Array, "B S D"], index: Int[Array, "B N"]) -> Float[Array, "B N D"]:

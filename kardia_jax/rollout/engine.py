@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Key
 from transformers import PreTrainedTokenizerBase
 
 from kardia_jax.dialogue.pipeline import length_buckets
 from kardia_jax.dialogue.prompt import decode_completion
+from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.types import Params, Rollouts
 
@@ -21,12 +21,8 @@ SHORTEST = 16
 """Smallest padded length, tokens: below it a new shape saves nothing."""
 
 
-Generate = Callable[..., Rollouts]
-"""``rollout.sampler.generate`` after its first two arguments, compiled."""
-
-
 class Sampler(NamedTuple):
-    """The compiled sampler and what belongs to the tokenizer it serves."""
+    """What samples, and what belongs to the tokenizer it serves."""
 
     generate: Generate
     tokenizer: PreTrainedTokenizerBase
@@ -41,8 +37,7 @@ class Sampled(NamedTuple):
     prompt_tokens: Int[np.ndarray, "P S"]
     prompt_lengths: Int[np.ndarray, " P"]
     rollouts: Rollouts
-    """Device arrays, cut to the bucket of the longest completion."""
-    lengths_P_G: Int[np.ndarray, "P G"]
+    """NumPy arrays, cut to the bucket of the longest completion."""
     texts_P_G: list[list[str]]
     """Decoded with every special token, less an end-of-turn token that ends the row."""
 
@@ -65,29 +60,32 @@ def sample(
     keys: Key[jax.Array, "P G"],
     controls: Controls,
     max_new_tokens: int,
+    finished: Callable[[int, int, str], None] | None = None,
 ) -> Sampled:
-    """Samples one completion per key; blocks until the tokens are on the host."""
+    """Samples one completion per key. Each text is decoded, and handed to ``finished`` (prompt, sample, text), as soon
+    as its completion has ended, while the device goes on with the others."""
     prompt_tokens, prompt_lengths = pad_rows(prompts, sampler.pad_id)
+    texts_P_G = [[""] * keys.shape[1] for _ in prompts]
+
+    def ended(prompt: int, sample: int, tokens: Int[np.ndarray, " n"]) -> None:
+        said = _without_end(tokens.tolist(), sampler.silent_ids)
+        text = texts_P_G[prompt][sample] = decode_completion(sampler.tokenizer, said, frozenset())
+        if finished is not None:
+            finished(prompt, sample, text)
+
     rollouts = sampler.generate(
         params,
         prompt_tokens,
         prompt_lengths,
         keys,
         controls,
-        jnp.array(sampler.stop_ids, jnp.int32),
-        jnp.int32(sampler.pad_id),
+        sampler.stop_ids,
+        sampler.pad_id,
         max_new_tokens=max_new_tokens,
+        finished=ended,
     )
-    tokens, lengths = jax.device_get((rollouts.tokens, rollouts.lengths))
-    texts = [
-        [
-            decode_completion(sampler.tokenizer, _without_end(row[:n].tolist(), sampler.silent_ids), frozenset())
-            for row, n in zip(group, ns, strict=True)
-        ]
-        for group, ns in zip(tokens, lengths, strict=True)
-    ]
-    used = min(length_buckets(max(SHORTEST, int(lengths.max()))), max_new_tokens)
-    return Sampled(prompt_tokens, prompt_lengths, _cut(rollouts, used), lengths, texts)
+    used = min(length_buckets(max(SHORTEST, int(rollouts.lengths.max()))), max_new_tokens)
+    return Sampled(prompt_tokens, prompt_lengths, _cut(rollouts, used), texts_P_G)
 
 
 def _without_end(row: list[int], silent_ids: Set[int]) -> list[int]:

@@ -1,7 +1,9 @@
-"""Group rollouts in one compiled program: each prompt is run once, then P x G rows are decoded together.
+"""Sampling on the device: rows that start, are decoded together, and leave, as pure functions of ``Rows``.
 
-The loop ends when every row has met a stop token. Rows that are done go on being computed (shapes are static) but
-write padding. Token ids leave exactly as they were drawn; nothing is ever tokenised again.
+``roll_out`` in ``batching.py`` calls them from the host: ``admit`` runs prompts and seats their groups, ``decode``
+draws tokens until it is time to look, ``grow`` makes room for longer rows, ``keep`` drops rows that are done. Shapes
+are static in each; rows that are done go on being computed until they are dropped, but record nothing. Token ids leave
+exactly as they were drawn; nothing is ever tokenised again.
 """
 
 from typing import NamedTuple
@@ -10,105 +12,193 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from kardia_jax.model.decoding import LayerCache, Storage, decode_step, empty_caches, prefill
 from kardia_jax.model.head import sampled_logits
-from kardia_jax.model.policy import Compute, LayerCache, decode_step, head_table, layer_slices, prefill
+from kardia_jax.model.policy import Compute, head_table
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.rollout.sampling import Controls, draw
-from kardia_jax.types import Params, Rollouts
+from kardia_jax.types import Params
 
 
-class Decoding(NamedTuple):
-    """State of the decode loop."""
+class Drawn(NamedTuple):
+    """What the host looks at: everything that rows have drawn so far."""
 
-    position: Int[Array, ""]
-    """Completion index of ``token``: the last one drawn."""
-    token: Int[Array, "P G"]
     done: Bool[Array, "P G"]
-    """Rows that have drawn a stop token."""
-    tokens: Int[Array, "P G T"]
-    sampler_logprobs: Float[Array, "P G T"]
-    tempered_logprobs: Float[Array, "P G T"]
+    """A stop token or the budget has ended the row; also True where nobody sits."""
+    stopped: Bool[Array, "P G"]
+    """A stop token has."""
+    lengths: Int[Array, "P G"]
+    """Tokens drawn, the stop token included."""
+    tokens: Int[Array, "P G M"]
+    """M is the budget; padding behind the end."""
+    sampler_logprobs: Float[Array, "P G M"]
+    tempered_logprobs: Float[Array, "P G M"]
+
+
+class Rows(NamedTuple):
+    """State of the sampler: P groups of G rows."""
+
+    step: Int[Array, ""]
+    """Tokens fed so far, counted over the whole call."""
+    start: Int[Array, " P"]
+    """The step that fed a group its first token, the last one of its prompt."""
+    prefix_lengths: Int[Array, " P"]
+    """Prompt tokens before that one."""
+    token: Int[Array, "P G"]
+    """What is fed next."""
+    keys: Key[Array, "P G"]
+    drawn: Drawn
     caches: list[LayerCache]
 
 
-def generate(
+def empty(
     spec: ModelSpec,
     compute: Compute,
-    params: Params,
-    prompt_tokens: Int[Array, "P S"],
-    prompt_lengths: Int[Array, " P"],
+    storage: Storage,
     keys: Key[Array, "P G"],
-    controls: Controls,
-    stop_ids: Int[Array, " E"],
     pad_id: Int[Array, ""],
-    max_new_tokens: int,
-) -> Rollouts:
-    """Samples G completions of at most T = ``max_new_tokens`` tokens for each prompt; a row's numbers depend on its
-    own key alone. ``stop_ids`` holds every id that ends a completion; the stop token is part of the completion."""
-    table = head_table(params).astype(compute.dtype)
-    layers = layer_slices(spec, params, compute.dtype)
-    hidden, prompt_k, prompt_v = prefill(spec, compute, params, prompt_tokens, prompt_lengths)
-    hidden = jnp.broadcast_to(hidden[:, None], (*keys.shape, spec.width))
-    row_lengths = jnp.broadcast_to(prompt_lengths[:, None], keys.shape)
-
-    def record(state: Decoding, hidden: Float[Array, "P G D"], position: Int[Array, ""]) -> Decoding:
-        logits = sampled_logits(hidden, table, spec.sampled_tokens, spec.final_softcap).reshape(-1, spec.vocab_size)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys.reshape(-1), position)
-        drawn = draw(logits, step_keys, controls)
-
-        def place(buffer: Array, values: Array, filler: Array | float) -> Array:
-            values = jnp.where(state.done, filler, values.reshape(keys.shape))
-            return jax.lax.dynamic_update_index_in_dim(buffer, values.astype(buffer.dtype), position, 2)
-
-        token = jnp.where(state.done, pad_id, drawn.token.reshape(keys.shape))
-        return state._replace(
-            position=position,
-            token=token,
-            done=state.done | jnp.isin(token, stop_ids),
-            tokens=place(state.tokens, token, pad_id),
-            sampler_logprobs=place(state.sampler_logprobs, drawn.sampler_logprob, 0.0),
-            tempered_logprobs=place(state.tempered_logprobs, drawn.tempered_logprob, 0.0),
-        )
-
-    def unfinished(state: Decoding) -> Bool[Array, ""]:
-        return (state.position + 1 < max_new_tokens) & ~state.done.all()
-
-    def advance(state: Decoding) -> Decoding:
-        hidden, caches = decode_step(
-            spec, compute, params, layers, state.caches, row_lengths, state.token, state.position
-        )
-        return record(state._replace(caches=caches), hidden, state.position + 1)
-
-    start = _start(spec, compute, prompt_k, prompt_v, keys.shape, pad_id, max_new_tokens)
-    final = jax.lax.while_loop(unfinished, advance, record(start, hidden, jnp.int32(0)))
-    lengths = _lengths(final.tokens, stop_ids)
-    return Rollouts(final.tokens, lengths, final.sampler_logprobs, final.tempered_logprobs, final.done)
+    size: int,
+    columns: int,
+    budget: int,
+) -> Rows:
+    """Nobody seated: room for prompts of ``size`` and ``columns`` tokens of each row. ``keys`` lends its shape."""
+    prompts, group = keys.shape
+    none = jnp.zeros(keys.shape, jnp.int32)
+    nothing = jnp.zeros((*keys.shape, budget))
+    drawn = Drawn(none == 0, none == 1, none, jnp.full_like(nothing, pad_id, jnp.int32), nothing, nothing)
+    caches = empty_caches(spec, compute, storage, prompts, group, size, columns)
+    zeros = jnp.zeros(prompts, jnp.int32)
+    return Rows(jnp.int32(0), zeros, zeros, none, keys, drawn, caches)
 
 
-def _start(
+def admit(
     spec: ModelSpec,
     compute: Compute,
-    prompt_k: Float[Array, "L P K S E"],
-    prompt_v: Float[Array, "L P K S E"],
-    rows: tuple[int, ...],
+    storage: Storage,
+    params: Params,
+    rows: Rows,
+    prompt_tokens: Int[Array, "F S"],
+    prompt_lengths: Int[Array, " F"],
+    keys: Key[Array, "F G"],
+    seats: Int[Array, " F"],
     pad_id: Int[Array, ""],
-    max_new_tokens: int,
-) -> Decoding:
-    """Nothing drawn yet; buffers are zeros, since a masked softmax over uninitialised memory leaks NaN."""
-    shape = (*rows, max_new_tokens)
-    own = jnp.zeros((*rows, spec.kv_heads, max_new_tokens, spec.head_dim), compute.dtype)
-    return Decoding(
-        position=jnp.int32(-1),
-        token=jnp.zeros(rows, jnp.int32),
-        done=jnp.zeros(rows, bool),
-        tokens=jnp.full(shape, pad_id, jnp.int32),
-        sampler_logprobs=jnp.zeros(shape),
-        tempered_logprobs=jnp.zeros(shape),
-        caches=[LayerCache(prompt_k[i], prompt_v[i], own, own) for i in range(spec.layers)],
+) -> Rows:
+    """Runs F prompts once and seats their groups; a seat outside [0, P) is no seat, so that F can be a round number."""
+    prompts = prefill(spec, compute, storage, params, prompt_tokens)
+    last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, 1)
+
+    def seated(buffer: Array, value: Array) -> Array:
+        return buffer.at[seats].set(value, mode="drop")
+
+    caches = [
+        cache._replace(
+            prompt_k=jax.tree.map(seated, cache.prompt_k, k), prompt_v=jax.tree.map(seated, cache.prompt_v, v)
+        )
+        for cache, (k, v) in zip(rows.caches, prompts, strict=True)
+    ]
+    fresh = Drawn(*map(jnp.asarray, (False, False, 0, pad_id, 0.0, 0.0)))
+    return rows._replace(
+        start=seated(rows.start, rows.step),
+        prefix_lengths=seated(rows.prefix_lengths, prompt_lengths - 1),
+        token=seated(rows.token, jnp.broadcast_to(last, keys.shape)),
+        keys=seated(rows.keys, keys),
+        drawn=jax.tree.map(seated, rows.drawn, fresh),
+        caches=caches,
     )
 
 
-def _lengths(tokens: Int[Array, "P G T"], stop_ids: Int[Array, " E"]) -> Int[Array, "P G"]:
-    """Tokens up to and with the first stop token; all of them where there is none."""
-    stops = jnp.isin(tokens, stop_ids)
-    return jnp.where(stops.any(-1), jnp.argmax(stops, -1) + 1, tokens.shape[-1])
+def decode(
+    spec: ModelSpec,
+    compute: Compute,
+    storage: Storage,
+    weights: Params,
+    rows: Rows,
+    controls: Controls,
+    stop_ids: Int[Array, " E"],
+    pad_id: Int[Array, ""],
+    until: Int[Array, ""],
+    least: Int[Array, ""],
+) -> Rows:
+    """Draws tokens up to step ``until``, or until no more than ``least`` rows are left that are not done.
+
+    A row's numbers depend on its own key and its place in the completion alone. ``until`` must leave no row longer
+    than its ring (see ``decoding.py``).
+    """
+    table = head_table(weights)
+
+    def unfinished(rows: Rows) -> Bool[Array, ""]:
+        return (rows.step < until) & ((~rows.drawn.done).sum() > least)
+
+    def advance(rows: Rows) -> Rows:
+        hidden, caches = decode_step(
+            spec, compute, storage, weights, rows.caches, rows.prefix_lengths, rows.start, rows.step, rows.token
+        )
+        logits = sampled_logits(hidden, table, spec.sampled_tokens, spec.final_softcap)
+        return _record(rows._replace(caches=caches), logits, controls, stop_ids, pad_id)
+
+    return jax.lax.while_loop(unfinished, advance, rows)
+
+
+def _record(
+    rows: Rows, logits: Float[Array, "P G V"], controls: Controls, stop_ids: Int[Array, " E"], pad_id: Int[Array, ""]
+) -> Rows:
+    """Draws the next token of every row and writes it down where the row is not done."""
+    before, shape = rows.drawn, rows.keys.shape
+    budget = before.tokens.shape[-1]
+    place = jnp.broadcast_to((rows.step - rows.start)[:, None], shape)
+    keys = jax.vmap(jax.random.fold_in)(rows.keys.reshape(-1), place.reshape(-1))
+    drawn = jax.tree.map(lambda x: x.reshape(shape), draw(logits.reshape(-1, logits.shape[-1]), keys, controls))
+    token = jnp.where(before.done, pad_id, drawn.token)
+    stops = jnp.isin(token, stop_ids) & ~before.done
+    # Out of bounds where the row is done already: nothing is written.
+    at = (*jnp.indices(shape, sparse=True), jnp.where(before.done, budget, place))
+
+    def write(buffer: Array, value: Array) -> Array:
+        return buffer.at[at].set(value.astype(buffer.dtype), mode="drop")
+
+    after = Drawn(
+        done=before.done | stops | (place + 1 >= budget),
+        stopped=before.stopped | stops,
+        lengths=jnp.where(before.done, before.lengths, place + 1),
+        tokens=write(before.tokens, token),
+        sampler_logprobs=write(before.sampler_logprobs, drawn.sampler_logprob),
+        tempered_logprobs=write(before.tempered_logprobs, drawn.tempered_logprob),
+    )
+    return rows._replace(step=rows.step + 1, token=token, drawn=after)
+
+
+def grow(rows: Rows, columns: int) -> Rows:
+    """The same rows in rings of ``columns``, counted anew so that the oldest stands in column 0."""
+    old = rows.caches[0].v.values.shape[2]
+
+    def wider(axis: int, buffer: Array) -> Array:
+        padding = [(0, columns - old if i == axis else 0) for i in range(buffer.ndim)]
+        return jnp.pad(jnp.roll(buffer, -(rows.step % old), axis), padding)
+
+    caches = [
+        cache._replace(k=jax.tree.map(lambda x: wider(3, x), cache.k), v=jax.tree.map(lambda x: wider(2, x), cache.v))
+        for cache in rows.caches
+    ]
+    return rows._replace(step=jnp.int32(old), start=rows.start + old - rows.step, caches=caches)
+
+
+def keep(rows: Rows, seats: Int[Array, " F"], members: Int[Array, "F M"], alive: Bool[Array, "F M"]) -> Rows:
+    """Row (i, j) of the result is row ``members[i, j]`` of group ``seats[i]``; where not ``alive`` it is done."""
+    places = (seats[:, None] * rows.token.shape[1] + members).reshape(-1)
+    drawn = jax.tree.map(lambda x: x[seats[:, None], members], rows.drawn)
+    caches = [
+        LayerCache(
+            *jax.tree.map(lambda x: x[seats], (cache.prompt_k, cache.prompt_v)),
+            *jax.tree.map(lambda x: x[places], (cache.k, cache.v)),
+        )
+        for cache in rows.caches
+    ]
+    return Rows(
+        step=rows.step,
+        start=rows.start[seats],
+        prefix_lengths=rows.prefix_lengths[seats],
+        token=rows.token[seats[:, None], members],
+        keys=rows.keys[seats[:, None], members],
+        drawn=drawn._replace(done=drawn.done | ~alive),
+        caches=caches,
+    )
