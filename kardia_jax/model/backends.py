@@ -1,8 +1,9 @@
 """Which attention runs: XLA everywhere, cuDNN on an NVIDIA GPU, splash on a TPU, behind one dispatch.
 
-``model.attention`` names one or says ``auto``. A layer that the platform's kernel cannot do (a window, float32 on a GPU)
-goes to XLA under ``auto`` and is refused when the kernel was asked for by name. Decoding has one query a row and is
-always XLA's (``attention.group_attention``).
+``model.attention`` names one or says ``auto``. A layer that the platform's kernel cannot do (float32 on a GPU, say)
+goes to XLA under ``auto`` and is refused where the kernel was asked for by name. In a model with windows that is every
+layer: its scan over layers carries the window as a number, and kernels want it when they are compiled. Decoding has one
+query a row and is always XLA's (``attention.group_attention``).
 """
 
 from typing import Literal, NamedTuple
@@ -19,8 +20,10 @@ from kardia_jax.model.fused import Kernel, Keys, fused_attention
 Backend = Literal["xla", "cudnn", "splash"]
 Wanted = Literal["auto", "xla", "cudnn", "splash"]
 
-NATIVE: dict[str, Backend] = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
-"""What ``auto`` tries first on each platform of JAX."""
+NATIVE: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash"}
+"""What ``auto`` tries first on these platforms."""
+KERNELS: dict[Backend, Kernel] = {"cudnn": cudnn.KERNEL, "splash": splash.kernel()}
+"""XLA has none: it is not a kernel but what JAX makes of ``attention.py``."""
 
 
 class Machine(NamedTuple):
@@ -70,7 +73,7 @@ def obstacle(backend: Backend, where: Machine, layer: Layer) -> str | None:
 
 def chosen(wanted: Wanted, where: Machine, layer: Layer) -> Backend:
     """The backend of this layer; raises ConfigError where the one that was asked for by name cannot do it."""
-    backend = NATIVE[where.platform] if wanted == "auto" else wanted
+    backend = NATIVE.get(where.platform, "xla") if wanted == "auto" else wanted
     need = obstacle(backend, where, layer)
     if need is None:
         return backend
@@ -129,5 +132,4 @@ def _repeated(x: Float[Array, "P K S E"], group: int) -> Float[Array, "P*G K S E
 def _kernel(wanted: Wanted, q: Array, scoring: Scoring, window: Window) -> Kernel | None:
     """None is XLA."""
     layer = Layer(q.dtype.name, q.shape[-1], scoring.softcap, window is not None)
-    kernels = {"cudnn": cudnn.KERNEL, "splash": splash.kernel()}
-    return kernels.get(chosen(wanted, machine(), layer))
+    return KERNELS.get(chosen(wanted, machine(), layer))

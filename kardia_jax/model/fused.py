@@ -41,7 +41,6 @@ class Kernel(NamedTuple):
     """(q, keys, scoring, merged, gradient of merged.out) -> gradients of q, k and v."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def fused_attention(
     kernel: Kernel, scoring: Scoring, q: Float[Array, "B H T E"], sets: tuple[Keys, ...]
 ) -> Float[Array, "B H T E"]:
@@ -70,4 +69,5 @@ def _backward(
     return d_q.astype(q.dtype), tuple(Keys(d_k, d_v, None) for _, d_k, d_v in grads)
 
 
+fused_attention = jax.custom_vjp(fused_attention, nondiff_argnums=(0, 1))
 fused_attention.defvjp(_forward, _backward)

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kardia_jax.model.attention import Scoring, Window, causal, causal_attention, group_attention
+from kardia_jax.model.attention import Scoring, Window, group_attention
+from kardia_jax.model.backends import Wanted, completion_attention, prompt_attention
 from kardia_jax.model.head import model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, kinds, norm, rotations, stacked_kinds, turn_of
 from kardia_jax.model.lora import merged
@@ -40,6 +41,8 @@ class Compute:
     """Completion tokens per slice of the LM head."""
     unroll: int = 1
     """Blocks per trip of the scan over layers."""
+    attention: Wanted = "auto"
+    """Who computes attention of prompts and whole completions; see ``backends.py``."""
 
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up")
@@ -64,7 +67,7 @@ def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
     """
     block_key, embed_key, head_key = jax.random.split(key, 3)
     x, turn = jnp.zeros((1, 1, spec.width)), rotations(spec, jnp.zeros((1, 1), int)).full
-    attend = functools.partial(_attend_prompt, scoring=_scoring(spec), window=None)
+    attend = functools.partial(_attend_prompt, attention="xla", scoring=_scoring(spec), window=None)
     residual = (2 * spec.layers) ** -0.5
 
     def init_block(layer_key: Key[Array, ""]) -> Params:
@@ -164,7 +167,7 @@ def group_hidden(
 
     def block(carry: tuple[Array, Array], layer: tuple[Params, Kind]) -> tuple[tuple[Array, Array], None]:
         (prompt, completion), (weights, kind) = carry, layer
-        how = {"scoring": _scoring(spec), "window": kind.window}
+        how = {"attention": compute.attention, "scoring": _scoring(spec), "window": kind.window}
         attend_prompt = functools.partial(_attend_prompt, **how)
         prompt, (k, v) = _apply(Block(spec), weights, prompt, turn_of(prompt_turns, kind), attend_prompt)
         attend_group = functools.partial(_attend_group, prompt_k=k, prompt_v=v, prompt_lengths=prompt_lengths, **how)
@@ -211,15 +214,18 @@ def _run_prompt(
 
     def block(x: Array, layer: tuple[Params, Kind]) -> tuple[Array, tuple[Array, Array]]:
         weights, kind = layer
-        attend = functools.partial(_attend_prompt, scoring=_scoring(spec), window=kind.window)
+        how = {"attention": compute.attention, "scoring": _scoring(spec), "window": kind.window}
+        attend = functools.partial(_attend_prompt, **how)
         return _apply(Block(spec), weights, x, turn_of(turns, kind), attend)
 
     stack = params["blocks"], stacked_kinds(spec)
     return jax.lax.scan(_remat(block, compute), _embed(spec, params, tokens, compute), stack, unroll=compute.unroll)
 
 
-def _attend_prompt(q: Array, k: Array, v: Array, scoring: Scoring, window: Window) -> tuple[Array, tuple[Array, Array]]:
-    return causal_attention(q, k, v, scoring, window), (k, v)
+def _attend_prompt(
+    q: Array, k: Array, v: Array, attention: Wanted, scoring: Scoring, window: Window
+) -> tuple[Array, tuple[Array, Array]]:
+    return prompt_attention(attention, q, k, v, scoring, window), (k, v)
 
 
 def _attend_group(
@@ -229,12 +235,12 @@ def _attend_group(
     prompt_k: Array,
     prompt_v: Array,
     prompt_lengths: Array,
+    attention: Wanted,
     scoring: Scoring,
     window: Window,
 ) -> tuple[Array, None]:
-    steps = jnp.arange(q.shape[3])
     prompt = (prompt_k, prompt_v, prompt_lengths)
-    return group_attention(q, k, v, *prompt, causal(q.shape[3]), steps, scoring, window), None
+    return completion_attention(attention, q, k, v, *prompt, scoring, window), None
 
 
 def _attend_decode(

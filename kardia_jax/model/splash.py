@@ -76,10 +76,14 @@ def _filled(x: Float[Array, "B H T E"]) -> Float[Array, "B H N E"]:
 def _splash(q: Array, k: Array, keys: Keys, scoring: Scoring, interpret: bool) -> splash.SplashAttentionKernel:
     shape = (q.shape[2], k.shape[2])
     mask = masks.CausalMask(shape) if keys.lengths is None else masks.FullMask(shape)
-    rows, columns = map(_tile, shape)
+    rows, columns = _tile(shape[0]), _tile(shape[1])
     tiles = splash.BlockSizes(
-        **{f"block_q{pass_}": rows for pass_ in ("", "_dkv", "_dq")},
-        **{f"block_kv{pass_}": columns for pass_ in ("", "_compute", "_dkv", "_dkv_compute", "_dq")},
+        block_q=rows,
+        block_kv=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_q_dq=rows,
+        block_kv_dq=columns,
     )
     return splash.make_splash_mha(
         masks.MultiHeadMask([mask] * q.shape[1]),
