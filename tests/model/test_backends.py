@@ -157,9 +157,14 @@ def test_splash_caps_scores(use):
     compare_completions(("splash", "float32"), jnp.array([[9, 4]]), softcap=2.0)
 
 
-def test_splash_with_more_than_one_tile(use):
+def test_splash_with_several_tiles(use, monkeypatch):
+    monkeypatch.setattr(splash, "LARGEST_TILE", 128)
     use(splash.kernel(interpret=True))
     compare_completions(("splash", "float32"), jnp.array([[140]]), size=140, length=130, kv_heads=1)
+
+
+def test_tiles_divide_the_length():
+    assert [splash._tile(length) for length in (128, 384, 640, 768, 1024)] == [128, 384, 128, 384, 512]
 
 
 @settings(deadline=None, max_examples=15)
@@ -199,63 +204,63 @@ SMALL = dataclasses.replace(TINY, vocab_size=40)
 TOKENS = (jnp.arange(18).reshape(2, 9), jnp.array([[9, 9, 9], [4, 2, 7]]), jnp.arange(30).reshape(2, 3, 5))
 
 
-def scored(compute, params):
+def scored(spec, compute, params):
     """The sum of all log-probs of the policy."""
     keep, temperature = jnp.ones(TOKENS[2].shape, bool), jnp.float32(1)
-    return policy.group_logprobs(SMALL, compute, params, *TOKENS, keep, temperature)[0].sum()
+    return policy.group_logprobs(spec, compute, params, *TOKENS, keep, temperature)[0].sum()
 
 
-@pytest.mark.parametrize("remat", ["none", "block", "dots"])
-def test_the_policy_through_a_kernel_is_the_policy(use, remat):
+def test_the_policy_through_a_kernel_is_the_policy(use):
     params = policy.init(SMALL, jax.random.key(0))
-    wanted = jax.jit(jax.value_and_grad(functools.partial(scored, Compute(remat=remat, attention="xla"))))(params)
+
+    def run(attention, remat):
+        compute = Compute(remat=remat, attention=attention)
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(functools.partial(scored, SMALL, compute)))(params))
+
+    wanted = run("xla", "none")
     use(TEXTBOOK)
-    ours = jax.jit(jax.value_and_grad(functools.partial(scored, Compute(remat=remat))))(params)
-    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()) + 1e-6)
+    for remat in ("block", "dots"):
+        for got, want in zip(run("auto", remat), wanted, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()) + 1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN is there")
+def test_a_policy_refuses_a_kernel_that_is_not_there():
+    params = jax.eval_shape(functools.partial(policy.init, SMALL), jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"model\.attention: wanted an NVIDIA GPU .* for cudnn"):
+        jax.jit(functools.partial(scored, SMALL, Compute(attention="cudnn"))).trace(params)
 
 
 def lowered(monkeypatch, where, spec, dtype="bfloat16"):
-    """What the learner's gradient lowers to on this machine: the names of its attention kernels, in order."""
+    """What the learner's gradient lowers to on this machine."""
     monkeypatch.setattr(backends, "machine", lambda: where)
     params = jax.eval_shape(functools.partial(policy.init, spec), jax.random.key(0))
-    compute = Compute(dtype, remat="none")
-
-    def loss(params):
-        keep = jnp.ones(TOKENS[2].shape, bool)
-        return policy.group_logprobs(spec, compute, params, *TOKENS, keep, jnp.float32(1))[0].sum()
-
+    gradient = jax.jit(jax.grad(functools.partial(scored, spec, Compute(dtype, remat="none"))))
     platform = {"gpu": "cuda"}.get(where.platform, where.platform)
-    text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=(platform,)).as_text()
-    return sorted(re.findall(r"__cudnn\$\w+|splash_mha_(?:fwd|dq|dkv)", text))
+    return gradient.trace(params).lower(lowering_platforms=(platform,)).as_text()
 
 
-FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+def test_a_gpu_runs_cudnn_on_prompt_and_both_parts_of_a_completion(monkeypatch):
+    text = lowered(monkeypatch, AMPERE, SMALL)
+    calls = re.findall(r"@__cudnn\$fmhaSoftmax(Backward)?\((.*?)\).*?mask_type\\22: \\22(\w+)", text)
+    assert sorted(mask for back, _, mask in calls if not back) == ["CAUSAL", "CAUSAL", "PADDING"]
+    backward = {mask + str(n): args.split(", ") for n, (back, args, mask) in enumerate(calls) if back}
+    (own, shared) = ([v for k, v in backward.items() if k.startswith(mask)] for mask in ("CAUSAL", "PADDING"))
+    assert (len(own), len(shared)) == (2, 1)
+    # q, k, v, lse, dO, O: both parts of a completion are handed the same last three, those of the merged softmax.
+    assert sum(args[3:6] == shared[0][3:6] for args in own) == 1
 
 
-def test_a_gpu_runs_cudnn_three_times_a_layer_each_way(monkeypatch):
-    assert lowered(monkeypatch, AMPERE, TINY) == [FORWARD] * 3 + [BACKWARD] * 3
+def test_a_tpu_runs_splash_on_prompt_and_both_parts_of_a_completion(monkeypatch):
+    names = re.findall(r"splash_mha_(\w+?)_(segmented_)?(?:no_)?residuals", lowered(monkeypatch, TPU, SMALL))
+    assert sorted(names) == sorted((name, part) for name in ("dkv", "dq", "fwd") for part in ("", "", "segmented_"))
 
 
-def test_a_tpu_runs_splash_three_times_a_layer_each_way(monkeypatch):
-    names = lowered(monkeypatch, TPU, TINY)
-    assert {name: names.count(name) for name in names} == {f"splash_mha_{name}": 3 for name in ("dkv", "dq", "fwd")}
-
-
-@pytest.mark.parametrize(
-    ("where", "spec", "dtype"),
-    [
-        (AMPERE, TINY_GEMMA2, "bfloat16"),
-        (AMPERE, TINY_GEMMA3, "bfloat16"),
-        (AMPERE, TINY, "float32"),
-        (AMPERE, dataclasses.replace(TINY, head_dim=20), "bfloat16"),
-        (Machine("gpu", (7, 5)), TINY, "bfloat16"),
-        (TPU, TINY_GEMMA3, "bfloat16"),
-        (CPU, TINY, "bfloat16"),
-    ],
-)
-def test_auto_leaves_to_xla_what_a_kernel_cannot_do(monkeypatch, where, spec, dtype):
-    assert lowered(monkeypatch, where, spec, dtype) == []
+@pytest.mark.parametrize(("where", "spec"), [(HOPPER, TINY_GEMMA2), (TPU, TINY_GEMMA3)])
+def test_auto_leaves_to_xla_what_a_kernel_cannot_do(monkeypatch, where, spec):
+    text = lowered(monkeypatch, where, dataclasses.replace(spec, vocab_size=40))
+    assert "dot_general" in text
+    assert not re.search(r"__cudnn|splash|tpu_custom_call", text)
 
 
 PLAIN = Layer("bfloat16", 128)
