@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 
 from kardia_jax.dialogue.mini import tokenizer_dir
+from kardia_jax.model.backends import Layer, chosen, machine
 from kardia_jax.model.shapes import SHAPES
 from kardia_jax.policies import load_tokenizer
 
@@ -33,7 +34,10 @@ def findings() -> Iterator[tuple[str, str]]:
     if "bytes_limit" in memory:
         yield "memory", f"{memory['bytes_limit'] / 2**30:.1f} GiB a device"
     yield "disk", f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here"
-    yield "compute", "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    yield "compute", dtype
+    attention = chosen("auto", machine(), Layer(dtype, head_dim=64))
+    yield "attention", attention if attention == "xla" else f"{attention} where it can do the model, else xla"
     for extra, modules in EXTRAS.items():
         found = {name: importlib.util.find_spec(name) is not None for name in modules}
         yield f"[{extra}]", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found.items())

@@ -34,7 +34,7 @@ def compute_for(config: ModelConfig) -> Compute:
     """The compute settings of this machine: ``auto`` is float32 on CPU and bfloat16 elsewhere."""
     native = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = native if config.dtype == "auto" else config.dtype
-    return Compute(dtype, config.remat, config.head_chunk, config.unroll)
+    return Compute(dtype, config.remat, config.head_chunk, config.unroll, config.attention)
 
 
 @functools.cache

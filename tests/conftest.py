@@ -10,7 +10,8 @@ import resource
 
 import pytest
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests that need an accelerator run with JAX_PLATFORMS=cuda,cpu (or tpu,cpu) and are skipped otherwise.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -227,7 +227,7 @@ OTHER = Config(
     run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow")),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
     model=ModelConfig(
-        *("out/hf", "out/tokenizer", "bfloat16", "dots", 16, 3),
+        *("out/hf", "out/tokenizer", "bfloat16", "xla", "dots", 16, 3),
         lora=LoraConfig(8, 32.0, ("q_proj", "v_proj"), 0.25, "rslora", "bfloat16"),
     ),
     rewards=RewardConfig(0.5, 0.25, 0.125),

@@ -84,6 +84,9 @@ class ModelConfig:
     """`mini` (the shipped tokenizer), or a local directory; ignored where the model's own directory has one."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Compute type; auto is bfloat16 on accelerators and float32 on CPU. Master parameters are always float32."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Who computes attention of prompts and whole completions; auto takes cudnn on NVIDIA GPUs and splash on TPUs for
+    the layers that these can do, xla for the rest. A kernel that is named and cannot do a layer is an error."""
     remat: Literal["none", "block", "dots"] = "block"
     """What the backward pass recomputes: nothing, every block, or everything but the blocks' matrix products."""
     head_chunk: int = 1024

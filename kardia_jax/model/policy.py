@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kardia_jax.model.attention import Scoring, Window, causal, causal_attention, group_attention
+from kardia_jax.model.attention import Scoring, Window, group_attention
+from kardia_jax.model.backends import Wanted, completion_attention, prompt_attention
 from kardia_jax.model.head import model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, norm, rotations, stacked_kinds, turn_of
 from kardia_jax.model.spec import ModelSpec
@@ -37,6 +38,8 @@ class Compute:
     """Completion tokens per slice of the LM head."""
     unroll: int = 1
     """Blocks per trip of the scan over layers."""
+    attention: Wanted = "auto"
+    """Who computes attention of prompts and whole completions; see ``backends.py``."""
 
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up")
@@ -52,7 +55,7 @@ def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
     """
     block_key, embed_key, head_key = jax.random.split(key, 3)
     x, turn = jnp.zeros((1, 1, spec.width)), rotations(spec, jnp.zeros((1, 1), int)).full
-    attend = functools.partial(_attend_prompt, scoring=scoring_of(spec), window=None)
+    attend = functools.partial(_attend_prompt, attention="xla", scoring=scoring_of(spec), window=None)
     residual = (2 * spec.layers) ** -0.5
 
     def init_block(layer_key: Key[Array, ""]) -> Params:
@@ -103,7 +106,7 @@ def group_hidden(
 
     def block(carry: tuple[Array, Array], layer: tuple[Params, Kind]) -> tuple[tuple[Array, Array], None]:
         (prompt, completion), (weights, kind) = carry, layer
-        how = {"scoring": scoring_of(spec), "window": kind.window}
+        how = {"attention": compute.attention, "scoring": scoring_of(spec), "window": kind.window}
         attend_prompt = functools.partial(_attend_prompt, **how)
         prompt, (k, v) = apply(Block(spec), weights, prompt, turn_of(prompt_turns, kind), attend_prompt)
         attend_group = functools.partial(_attend_group, prompt_k=k, prompt_v=v, prompt_lengths=prompt_lengths, **how)
@@ -146,19 +149,23 @@ def group_logprobs(
 def run_prompt(
     spec: ModelSpec, compute: Compute, params: Params, tokens: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S D"], tuple[Array, Array]]:
+    """Last layer's output for plain right-padded rows, and keys and values [L, B, K, S, E] of every layer."""
     turns = rotations(spec, jnp.arange(tokens.shape[1])[None])
 
     def block(x: Array, layer: tuple[Params, Kind]) -> tuple[Array, tuple[Array, Array]]:
         weights, kind = layer
-        attend = functools.partial(_attend_prompt, scoring=scoring_of(spec), window=kind.window)
+        how = {"attention": compute.attention, "scoring": scoring_of(spec), "window": kind.window}
+        attend = functools.partial(_attend_prompt, **how)
         return apply(Block(spec), weights, x, turn_of(turns, kind), attend)
 
     stack = params["blocks"], stacked_kinds(spec)
     return jax.lax.scan(_remat(block, compute), embed(spec, params, tokens, compute), stack, unroll=compute.unroll)
 
 
-def _attend_prompt(q: Array, k: Array, v: Array, scoring: Scoring, window: Window) -> tuple[Array, tuple[Array, Array]]:
-    return causal_attention(q, k, v, scoring, window), (k, v)
+def _attend_prompt(
+    q: Array, k: Array, v: Array, attention: Wanted, scoring: Scoring, window: Window
+) -> tuple[Array, tuple[Array, Array]]:
+    return prompt_attention(attention, q, k, v, scoring, window), (k, v)
 
 
 def _attend_group(
@@ -168,12 +175,12 @@ def _attend_group(
     prompt_k: Array,
     prompt_v: Array,
     prompt_lengths: Array,
+    attention: Wanted,
     scoring: Scoring,
     window: Window,
 ) -> tuple[Array, None]:
-    steps = jnp.arange(q.shape[3])
     prompt = (prompt_k, prompt_v, prompt_lengths)
-    return group_attention(q, k, v, *prompt, causal(q.shape[3]), steps, scoring, window), None
+    return completion_attention(attention, q, k, v, *prompt, scoring, window), None
 
 
 def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
@@ -182,15 +189,18 @@ def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:
 
 
 def scoring_of(spec: ModelSpec) -> Scoring:
+    """How this model makes scores."""
     return Scoring(spec.score_scale, spec.attention_softcap)
 
 
 def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
+    """Rows of the input table, scaled where the family scales them."""
     x = params["embed"]["embedding"][tokens].astype(compute.dtype)
     return x * jnp.asarray(spec.width**0.5, jnp.float32).astype(compute.dtype) if spec.traits.embed_scaled else x
 
 
 def final_norm(spec: ModelSpec, params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """What the head reads."""
     return apply(norm(spec), params["final_norm"], x)
 
 

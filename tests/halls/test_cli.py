@@ -356,5 +356,5 @@ def test_a_bug_keeps_its_trace(config_of, config_file, monkeypatch):
 def test_the_doctor_names_libraries_devices_and_shapes(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    for piece in ("python ", "jax ", "devices", "disk", "tokenizer", "demo-qwen3: ", "[track]"):
+    for piece in ("python ", "jax ", "devices", "attention    xla", "disk", "tokenizer", "demo-qwen3: ", "[track]"):
         assert piece in said
