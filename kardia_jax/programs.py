@@ -10,16 +10,27 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from kardia_jax.config import FULL, LoraConfig, ModelConfig
-from kardia_jax.grpo.update import Objective, completion_mask, make_update
+from kardia_jax.grpo.micro_batches import micro_batches as cut_by_tokens
+from kardia_jax.grpo.update import (
+    Forward,
+    Objective,
+    Sums,
+    apply_sums,
+    completion_mask,
+    make_accumulate,
+    make_update,
+    no_sums,
+)
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_logprobs
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.rollout.engine import Generate
+from kardia_jax.rollout.engine import SHORTEST, Generate
 from kardia_jax.rollout.sampler import generate
 from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
 
@@ -80,18 +91,56 @@ def make_compiled_update(
     micro_batches: int,
     lora: LoraConfig = FULL,
     seed: int = 0,
+    tokens_per_micro_batch: int | None = None,
 ) -> CompiledUpdate:
     """One update, compiled; the state is donated, so the caller must not use the old one again.
 
     ``frozen`` is an argument of the program and stays the caller's. Masks of dropout follow from (seed, update,
-    micro-batch).
+    micro-batch). With ``tokens_per_micro_batch`` each shape of micro-batch is a program that adds to donated sums, and
+    the optimizer's step is another; without, all is one program over ``micro_batches`` equal parts.
     """
 
-    def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
+    def forward_of(frozen: Params, step: Int[Array, ""]) -> Forward:
         def forward(trained: Params, part: GroupBatch, place: Int[Array, ""]) -> tuple[Array, Array]:
-            params = learner_params(lora, seed, frozen, trained, state.step, place)
+            params = learner_params(lora, seed, frozen, trained, step, place)
             return score(spec, compute, params, part, jnp.float32(temperature))
 
-        return make_update(forward, objective, optimizer, micro_batches)(state, batch)
+        return forward
+
+    if tokens_per_micro_batch is not None:
+        return update_by_tokens(forward_of, objective, optimizer, tokens_per_micro_batch)
+
+    def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
+        return make_update(forward_of(frozen, state.step), objective, optimizer, micro_batches)(state, batch)
 
     return jax.jit(update, donate_argnums=0)
+
+
+def update_by_tokens(
+    forward_of: Callable[[Params, Int[Array, ""]], Forward],
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    budget: int,
+    shortest: int = SHORTEST,
+) -> CompiledUpdate:
+    """``make_compiled_update`` over micro-batches within ``budget`` tokens, for any forward pass (frozen, update) ->
+    ``Forward``; one program per padded shape, and lengths are padded to ``shortest`` at least."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def accumulate(
+        sums: Sums, params: Params, part: GroupBatch, place: Int[Array, ""], step: Int[Array, ""], frozen: Params
+    ) -> tuple[Sums, dict[str, Mean]]:
+        return make_accumulate(forward_of(frozen, step), objective)(sums, params, part, place)
+
+    apply = jax.jit(functools.partial(apply_sums, optimizer=optimizer), donate_argnums=0)
+    start, add = jax.jit(no_sums), jax.jit(functools.partial(jax.tree.map, jnp.add))
+
+    def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
+        sums, metrics = start(state.params), None
+        for place, part in enumerate(cut_by_tokens(batch, budget, shortest)):
+            sums, means = accumulate(sums, state.params, part, np.int32(place), state.step, frozen)
+            metrics = means if metrics is None else add(metrics, means)
+        state, norms = apply(state, sums)
+        return state, (metrics or {}) | norms
+
+    return update

@@ -52,6 +52,7 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         micro_batches=config.sft.micro_batches,
         lora=policy.lora,
         seed=config.run.seed,
+        tokens_per_micro_batch=config.sft.tokens_per_micro_batch,
     )
 
     # ---- Loop

@@ -54,7 +54,15 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     rate = learning_rate(grpo.optimizer, updates)
     objective = grpo_objective(make_loss(grpo.loss, grpo.sampler.max_new_tokens))
     update = make_compiled_update(
-        policy.spec, compute, objective, optimizer, grpo.sampler.temperature, grpo.micro_batches, policy.lora, seed
+        policy.spec,
+        compute,
+        objective,
+        optimizer,
+        grpo.sampler.temperature,
+        grpo.micro_batches,
+        policy.lora,
+        seed,
+        grpo.tokens_per_micro_batch,
     )
     controls = Controls.from_config(grpo.sampler)
 

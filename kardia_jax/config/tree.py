@@ -216,6 +216,9 @@ class SftConfig:
     """Conversations in one update; each brings one example per assistant turn, and all share its prompt."""
     micro_batches: int = 1
     """Slices of a batch whose gradients are added before the update; lowers memory, changes nothing else."""
+    tokens_per_micro_batch: int | None = None
+    """Instead of equal slices: conversations sorted by length and cut so that a slice has at most so many tokens
+    (padded prompt + answers x padded answer, over its conversations), each padded for itself; none is off."""
     length_window: int = 16
     """Batches drawn together, so that conversations of like length share one and less is padded; 1 is off."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
@@ -224,7 +227,7 @@ class SftConfig:
         require(self.epochs > 0, "sft.epochs", "more than 0", self.epochs)
         require(self.batch >= 1, "sft.batch", "at least 1", self.batch)
         require(self.length_window >= 1, "sft.length_window", "at least 1", self.length_window)
-        _check_split("sft", self.batch, self.micro_batches)
+        _check_split("sft", self.batch, self)
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,9 @@ class GrpoConfig:
     """Passes over the same rollouts."""
     micro_batches: int = 1
     """Slices of a minibatch whose gradients are added before the update."""
+    tokens_per_micro_batch: int | None = None
+    """Instead of equal slices: groups sorted by length and cut so that a slice has at most so many tokens (padded
+    prompt + group x padded completion, over its groups), each padded for itself; none is off."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(temperature=0.9))
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -259,7 +265,7 @@ class GrpoConfig:
         fix = "Pick a divisor of grpo.prompts."
         divides = self.minibatches >= 1 and self.prompts % self.minibatches == 0
         require(divides, "grpo.minibatches", f"a divisor of grpo.prompts = {self.prompts}", self.minibatches, fix)
-        _check_split("grpo", self.prompts // self.minibatches, self.micro_batches)
+        _check_split("grpo", self.prompts // self.minibatches, self)
         fix = "Shorten it or raise grpo.sampler.max_new_tokens."
         budget, buffer = self.sampler.max_new_tokens, self.loss.overlong_buffer
         require(buffer <= budget, "grpo.loss.overlong_buffer", f"at most the token budget = {budget}", buffer, fix)
@@ -322,10 +328,15 @@ class Config:
         )
 
 
-def _check_split(part: str, rows: int, micro_batches: int) -> None:
+def _check_split(part: str, rows: int, config: SftConfig | GrpoConfig) -> None:
+    parts, tokens = config.micro_batches, config.tokens_per_micro_batch
     fix = f"Pick a divisor of {rows}."
-    divides = micro_batches >= 1 and rows % micro_batches == 0
-    require(divides, f"{part}.micro_batches", f"a divisor of the batch = {rows}", micro_batches, fix)
+    divides = parts >= 1 and rows % parts == 0
+    require(divides, f"{part}.micro_batches", f"a divisor of the batch = {rows}", parts, fix)
+    require(tokens is None or tokens >= 1, f"{part}.tokens_per_micro_batch", "none or at least 1", tokens)
+    fix = "The budget decides how many there are."
+    alone = tokens is None or parts == 1
+    require(alone, f"{part}.micro_batches", f"1 with {part}.tokens_per_micro_batch", parts, fix)
 
 
 def to_json(config: Any) -> str:
