@@ -21,12 +21,16 @@ import jax
 from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
 from kardia_jax.config import Config, ConfigError, RunConfig, flat, to_json
 from kardia_jax.dialogue.dataset import Loaded
+from kardia_jax.observe.compilations import CompilationCounter
 from kardia_jax.observe.console import TrainingConsole
 from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.trackers import Tracker, open_trackers
 from kardia_jax.types import TrainState
+
+WARM_STEPS = 2
+"""Steps of a run, or of its resumption, in which compiling is expected and not reported."""
 
 
 class TrainingError(RuntimeError):
@@ -44,6 +48,7 @@ class Run:
     state: TrainState
     """Where the loop starts: fresh, or restored."""
     timer: PhaseTimer
+    compilations: CompilationCounter
     console: TrainingConsole
     trackers: list[Tracker]
     rollouts: JsonlWriter
@@ -57,20 +62,24 @@ class Run:
         rollouts: Sequence[Mapping[str, object]] = (),
     ) -> None:
         """Reports step ``step`` (counted from 1) and saves when it is time."""
-        seconds = self.timer.take()
+        seconds, compiled = self.timer.take(), self.compilations.take()
         metrics = {
             **metrics,
+            "compilations": float(compiled.count),
             "tokens_per_second": metrics.get("tokens", 0.0) / max(sum(seconds.values()), 1e-9),
         }
         self.rollouts.write(step, *rollouts)
         for tracker in self.trackers:
             tracker.log(step, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
         self.console.update(step, metrics, seconds)
+        if compiled.count and step > self.first_step + WARM_STEPS:
+            self.console.message(f"step {step}: {compiled.count} programs compiled in {compiled.seconds:.1f}s")
         # After the files: whoever resumes from a checkpoint finds every line up to its step. Its seconds count for the
         # next step.
         if due(step, self.config.save_every, self.steps):
             with self.timer.phase("save"):
                 self.checkpoints.save(step, state, {"config": self.saved_config})
+            self.compilations.take()  # The checksums are no program of the next step.
 
 
 def report_data(console: TrainingConsole, loaded: Loaded, too_long: Sequence[str], used: str) -> None:
@@ -98,7 +107,12 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
     write_whole(folder / "verb.json", json.dumps({"verb": verb}) + "\n")
     console = TrainingConsole(verb, steps, first_step, live=config.run.console)
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
-    with JsonlWriter(folder / "rollouts.jsonl") as rollouts, checkpoints, console:
+    with (
+        JsonlWriter(folder / "rollouts.jsonl") as rollouts,
+        checkpoints,
+        console,
+        CompilationCounter() as compilations,
+    ):
         trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
         try:
             yield Run(
@@ -108,6 +122,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
                 first_step,
                 state,
                 PhaseTimer(),
+                compilations,
                 console,
                 trackers,
                 rollouts,

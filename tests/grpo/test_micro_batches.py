@@ -15,6 +15,7 @@ from kardia_jax.dialogue.pipeline import length_buckets
 from kardia_jax.grpo.losses import make_loss
 from kardia_jax.grpo.micro_batches import WORTH_A_CUT, micro_batches, plan
 from kardia_jax.grpo.update import grpo_objective, init_state, make_update, sft_objective
+from kardia_jax.observe.compilations import CompilationCounter
 from kardia_jax.observe.measures import to_host, values
 from kardia_jax.programs import update_by_tokens
 from kardia_jax.types import GroupBatch
@@ -196,14 +197,13 @@ def test_answers_that_no_conversation_of_a_part_has_are_cut_off():
     assert [part.completion_tokens.shape[1] for part in parts].count(1) == P - 1
 
 
-def test_shapes_that_were_met_before_compile_nothing():
-    traces = []
-
-    def counted(batch, logprobs, entropy):
-        traces.append((batch.prompt_tokens.shape, batch.completion_tokens.shape))
-        return sft_objective(batch, logprobs, entropy)
-
-    step, state = update_by_tokens(forward_of, counted, SGD, 60, shortest=1), init_state(params_of(), SGD)
-    for seed in (0, 1, 0, 1):
-        state, _ = step(state, batch_of(seed))
-    assert len(traces) == len(set(traces)) > 2
+def test_mixed_lengths_compile_nothing_once_their_shapes_were_met():
+    step, state = update("sft", 60), init_state(params_of(), SGD)
+    batches = [batch_of(0), batch_of(1)]
+    for batch in batches:
+        state, _ = step(state, batch)
+    assert len({part.completion_tokens.shape for batch in batches for part in micro_batches(batch, 60)}) > 2
+    with CompilationCounter() as compilations:
+        for batch in batches[::-1]:
+            state, _ = step(state, batch)
+        assert compilations.take().count == 0
