@@ -232,7 +232,7 @@ def test_ratio_bounds_by_preset():
 
 OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7)
 OTHER = Config(
-    run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow")),
+    run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow"), "off"),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
     model=ModelConfig(
         *("out/hf", "out/tokenizer", "bfloat16", "dots", 16, 3),

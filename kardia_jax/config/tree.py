@@ -36,11 +36,16 @@ class RunConfig:
     """Live progress on the terminal; the JSONL metrics are written either way."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     """Where metrics go besides metrics.jsonl; needs the extra `track`."""
+    compilation_cache: str = "auto"
+    """Folder in which the command line keeps compiled programs, so that the next run loads them. auto: the one that
+    JAX_COMPILATION_CACHE_DIR names, else one in the user's cache folder; off: compile anew."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "run.seed", "an integer in [0, 2^31)", self.seed)
         require(self.save_every >= 1, "run.save_every", "at least 1", self.save_every)
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "at least 1", self.keep_checkpoints)
+        fix = "Give auto, a folder, or off."
+        require(bool(self.compilation_cache), "run.compilation_cache", "a folder", self.compilation_cache, fix)
         require(self.log_rollouts >= -1, "run.log_rollouts", "-1 (all), 0 or more", self.log_rollouts)
 
 
