@@ -30,6 +30,7 @@ from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_logprobs
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.placement import on_device
 from kardia_jax.rollout.engine import SHORTEST, Generate
 from kardia_jax.rollout.sampler import generate
 from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
@@ -70,8 +71,12 @@ def score(
 
 @functools.cache
 def make_score(spec: ModelSpec, compute: Compute) -> Score:
-    """``score`` compiled: (params, batch, temperature) -> (logprobs, entropy)."""
-    return jax.jit(functools.partial(score, spec, compute))
+    """``score`` compiled: (params, batch, temperature) -> (logprobs, entropy); parameters may be in host memory."""
+
+    def fetch_and_score(params: Params, batch: GroupBatch, temperature: Float[Array, ""]) -> tuple[Array, Array]:
+        return score(spec, compute, on_device(params), batch, temperature)
+
+    return jax.jit(fetch_and_score)
 
 
 def learner_params(

@@ -17,17 +17,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import optax
 
 from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
-from kardia_jax.config import Config, ConfigError, RunConfig, flat, to_json
+from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, flat, to_json
 from kardia_jax.dialogue.dataset import Loaded
+from kardia_jax.grpo.update import init_state
 from kardia_jax.observe.compilations import CompilationCounter
 from kardia_jax.observe.console import TrainingConsole
 from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.trackers import Tracker, open_trackers
-from kardia_jax.types import TrainState
+from kardia_jax.placement import offloaded
+from kardia_jax.types import Params, TrainState
 
 WARM_STEPS = 2
 """Steps of a run, or of its resumption, in which compiling is expected and not reported."""
@@ -94,6 +97,16 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
+def start_state(
+    params: Params, optimizer: optax.GradientTransformation, config: OptimizerConfig, where: str
+) -> TrainState:
+    """Step 0, the moments where the config wants them; ``where`` is the part of the config, like ``sft.optimizer``."""
+    state = init_state(params, optimizer)
+    if not config.offload:
+        return state
+    return state._replace(opt_state=offloaded(state.opt_state, f"{where}.offload"))
+
+
 @contextmanager
 def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterator[Run]:
     """Starts a run at its first step, or where its newest checkpoint stands with ``run.resume``."""
@@ -152,7 +165,8 @@ def _start(config: Config, saved_config: dict[str, Any], fresh: TrainState) -> t
     if not config.run.resume:
         refuse_existing(folder)
         return fresh, 0
-    restored = restore_latest(folder, jax.eval_shape(lambda: fresh))
+    places = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
+    restored = restore_latest(folder, places)
     if restored is None:
         fix = "Start without --run.resume."
         raise CheckpointError(f"run.resume: wanted a complete checkpoint in {folder}, got none. {fix}")

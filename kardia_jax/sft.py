@@ -15,12 +15,12 @@ from kardia_jax.dialogue.dataset import load_dialogues
 from kardia_jax.dialogue.pipeline import batches
 from kardia_jax.dialogue.prompt import Example, examples_of, load_system_prompt
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
-from kardia_jax.grpo.update import init_state, sft_objective
+from kardia_jax.grpo.update import sft_objective
 from kardia_jax.observe.measures import to_host, values
 from kardia_jax.policies import Policy, check_positions
 from kardia_jax.programs import compute_for, make_compiled_update
 from kardia_jax.rollout.engine import SHORTEST, pad_rows
-from kardia_jax.run import check_progress, open_run, report_data
+from kardia_jax.run import check_progress, open_run, report_data, start_state
 from kardia_jax.types import GroupBatch
 
 
@@ -55,8 +55,10 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         tokens_per_micro_batch=config.sft.tokens_per_micro_batch,
     )
 
+    fresh = start_state(policy.params, optimizer, config.sft.optimizer, "sft.optimizer")
+
     # ---- Loop
-    with open_run(config, "sft", steps, init_state(policy.params, optimizer)) as run:
+    with open_run(config, "sft", steps, fresh) as run:
         state = run.state
         used = f"{len(examples.examples)} answers in {len(groups)} conversations"
         report_data(run.console, loaded, examples.problems, used)

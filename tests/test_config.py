@@ -230,7 +230,7 @@ def test_ratio_bounds_by_preset():
 
 # ---- there and back
 
-OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7)
+OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7, None, "bfloat16", True)
 OTHER = Config(
     run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow"), "off"),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
@@ -279,11 +279,11 @@ OTHER = Config(
     ),
     eval=EvalConfig(SamplerConfig(0.25, 5, 0.5, 0.25, 44), 3, 2, "last"),
 )
-# One choice only, a switch that belongs to one preset, an adapter's directory, which names its own rank, and what
-# stands instead of equal micro-batches.
+# One choice only, a switch that needs a model without adapter, a switch that belongs to one preset, an adapter's
+# directory, which names its own rank, and what stands instead of equal micro-batches.
 MUON = ("sft.optimizer.muon_learning_rate", "grpo.optimizer.muon_learning_rate")
 TOKENS = ("sft.tokens_per_micro_batch", "grpo.tokens_per_micro_batch")
-FIXED = {"judge.kind", "grpo.loss.cispo_clip", "model.adapter", *MUON, *TOKENS}
+FIXED = {"judge.kind", "grpo.offload_reference", "grpo.loss.cispo_clip", "model.adapter", *MUON, *TOKENS}
 
 
 def test_the_other_tree_differs_from_the_default_everywhere():
@@ -298,6 +298,7 @@ def test_the_other_tree_differs_from_the_default_everywhere():
         OTHER,
         with_field(with_field(Config(), "grpo.loss.name", "cispo"), "grpo.loss.cispo_clip", "band"),
         with_field(with_field(Config(), MUON[0], 0.04), MUON[1], 0.02),
+        with_field(Config(), "grpo.offload_reference", True),
         with_field(with_field(Config(), TOKENS[0], 4096), TOKENS[1], 2048),
     ],
 )

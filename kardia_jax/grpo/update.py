@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kardia_jax.grpo.losses import LossFn, LossInputs
+from kardia_jax.placement import on_device, where_it_was
 from kardia_jax.types import GroupBatch, Mean, Params, TrainState
 
 Forward = Callable[[Params, GroupBatch, Int[Array, ""]], tuple[Float[Array, "P G T"], Float[Array, "P G T"]]]
@@ -147,10 +148,14 @@ def make_update(
 def apply_gradient(
     state: TrainState, gradient: Params, loss_finite: Bool[Array, ""], optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """One optimizer step, or none at all when the loss or the gradient is not finite."""
+    """One optimizer step, or none at all when the loss or the gradient is not finite.
+
+    An optimizer state that lives in host memory is fetched for the step and goes back there.
+    """
     norm = optax.tree.norm(gradient)
     good = jnp.isfinite(norm) & loss_finite
-    changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    before = on_device(state.opt_state)
+    changes, opt_state = optimizer.update(gradient, before, state.params)
     params = optax.apply_updates(state.params, changes)
 
     def choose(new: Array, old: Array) -> Array:
@@ -159,7 +164,7 @@ def apply_gradient(
     new = TrainState(
         step=state.step + 1,
         params=jax.tree.map(choose, params, state.params),
-        opt_state=jax.tree.map(choose, opt_state, state.opt_state),
+        opt_state=where_it_was(jax.tree.map(choose, opt_state, before), state.opt_state),
         bad_steps=jnp.where(good, 0, state.bad_steps + 1),
     )
     one = jnp.float32(1)

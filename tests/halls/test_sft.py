@@ -175,6 +175,36 @@ def test_a_run_killed_anywhere_goes_on_bit_for_bit(boundary, whole, config_of, f
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(whole, config_of, fresh_policy, killed_at, read_lines, capsys):
+PLACES = {
+    "sft.optimizer.moment_dtype": "bfloat16",
+    "sft.optimizer.offload": True,
+}
+
+
+@pytest.mark.parametrize("field", PLACES)
+def test_moments_of_another_type_or_place_are_resumed_bit_for_bit(
+    field, whole, config_of, config_in, fresh_policy, killed_at, read_lines, tmp_path
+):
+    fields = {field: PLACES[field]}
+    train_sft(config_in(tmp_path / "straight", fields), fresh_policy())
+    straight = bits(final_state(config_in(tmp_path / "straight", fields), fresh_policy().params))
+    with killed_at(sft, "check_progress", 3) as killed, pytest.raises(killed):
+        train_sft(config_of(fields), fresh_policy())
+    config = config_of(fields | {"run.resume": True})
+    policy = train_sft(config, fresh_policy())
+    assert bits(final_state(config, policy.params)) == straight
+    # Where the moments live changes nothing; their type does.
+    assert (straight == whole["state"]) == (field == "sft.optimizer.offload")
+
+
+def test_micro_batches_by_tokens_learn_the_same(whole, config_of, fresh_policy, read_lines):
+    config = config_of({"sft.tokens_per_micro_batch": 200})
+    train_sft(config, fresh_policy())
+    for ours, theirs in zip(read_lines(config.run.dir / "metrics.jsonl"), whole["metrics"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["tokens"] == theirs["tokens"]
+
+
     with killed_at(sft, "check_progress", 4) as killed, pytest.raises(killed):
         train_sft(config_of(), fresh_policy())
     checkpoints = config_of().run.dir / "checkpoints"
