@@ -6,12 +6,15 @@ so a run compiles each program once per pair of sizes; the same model evaluated 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.stages import Compiled
 from jaxtyping import Array, Float, Int
 
 from kardia_jax.config import FULL, LoraConfig, ModelConfig
@@ -35,9 +38,82 @@ from kardia_jax.rollout.engine import SHORTEST, Generate
 from kardia_jax.rollout.sampler import generate
 from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
 
-CompiledUpdate = Callable[..., tuple[TrainState, dict[str, Mean]]]
-"""(state, batch, frozen) -> (state, undivided metrics); without ``frozen`` the state holds the whole model."""
+Programs = Iterator[tuple[str, Compiled]]
+"""A name with its shape, like ``update of 4 groups x (1024 + 8 x 512) tokens``, and the program."""
 Score = Callable[[Params, GroupBatch, Float[Array, ""]], tuple[Array, Array]]
+
+
+class CompiledUpdate(Protocol):
+    """One update, compiled; the state is donated, so the caller must not use the old one again."""
+
+    def __call__(
+        self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        """The next state and undivided metrics; without ``frozen`` the state holds the whole model."""
+        ...
+
+    def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
+        """Compiles what a call with arrays of these shapes runs; the call then finds it compiled. Nothing is run, but
+        what a program adds to is there while the program is looked at."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeUpdate:
+    """All micro-batches and the optimizer's step in one program."""
+
+    step: Any
+    """Compiled: (state, batch, frozen) -> (state, metrics)."""
+
+    def __call__(
+        self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        return self.step(state, batch, frozen)
+
+    def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
+        yield f"update of {shape_of(batch)}", self.step.lower(state, batch, frozen).compile()
+
+
+@dataclass(frozen=True)
+class UpdateByTokens:
+    """A program for every padded shape of micro-batch, each adding to the sums it is given, and one to end with."""
+
+    budget: int
+    """Tokens of a micro-batch; see ``grpo.micro_batches``."""
+    shortest: int
+    accumulate: Any
+    """Compiled: (sums, params, micro-batch, place, update, frozen) -> (sums, metrics)."""
+    apply: Any
+    """Compiled: (state, sums) -> (state, metrics)."""
+    start: Callable[[Params], Sums] = field(default_factory=lambda: jax.jit(no_sums))
+    add: Callable[..., dict[str, Mean]] = field(
+        default_factory=lambda: jax.jit(functools.partial(jax.tree.map, jnp.add))
+    )
+
+    def __call__(
+        self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        sums, metrics = self.start(state.params), None
+        for place, part in enumerate(cut_by_tokens(batch, self.budget, self.shortest)):
+            sums, means = self.accumulate(sums, state.params, part, np.int32(place), state.step, frozen)
+            metrics = means if metrics is None else self.add(metrics, means)
+        state, norms = self.apply(state, sums)
+        return state, (metrics or {}) | norms
+
+    def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
+        sums, seen = self.start(state.params), set()
+        for part in cut_by_tokens(batch, self.budget, self.shortest):
+            if shape_of(part) not in seen:
+                lowered = self.accumulate.lower(sums, state.params, part, np.int32(0), state.step, frozen)
+                yield f"gradient of {shape_of(part)}", lowered.compile()
+            seen.add(shape_of(part))
+        yield "optimizer", self.apply.lower(state, sums).compile()
+
+
+def shape_of(batch: GroupBatch) -> str:
+    """Like ``4 groups x (1024 + 8 x 512) tokens``."""
+    groups, group, completion = batch.completion_tokens.shape
+    return f"{groups} groups x ({batch.prompt_tokens.shape[1]} + {group} x {completion}) tokens"
 
 
 def compute_for(config: ModelConfig) -> Compute:
@@ -98,7 +174,7 @@ def make_compiled_update(
     seed: int = 0,
     tokens_per_micro_batch: int | None = None,
 ) -> CompiledUpdate:
-    """One update, compiled; the state is donated, so the caller must not use the old one again.
+    """The update of a run.
 
     ``frozen`` is an argument of the program and stays the caller's. Masks of dropout follow from (seed, update,
     micro-batch). With ``tokens_per_micro_batch`` each shape of micro-batch is a program that adds to donated sums, and
@@ -118,7 +194,7 @@ def make_compiled_update(
     def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
         return make_update(forward_of(frozen, state.step), objective, optimizer, micro_batches)(state, batch)
 
-    return jax.jit(update, donate_argnums=0)
+    return WholeUpdate(jax.jit(update, donate_argnums=0))
 
 
 def update_by_tokens(
@@ -127,7 +203,7 @@ def update_by_tokens(
     optimizer: optax.GradientTransformation,
     budget: int,
     shortest: int = SHORTEST,
-) -> CompiledUpdate:
+) -> UpdateByTokens:
     """``make_compiled_update`` over micro-batches within ``budget`` tokens, for any forward pass (frozen, update) ->
     ``Forward``; one program per padded shape, and lengths are padded to ``shortest`` at least."""
 
@@ -138,14 +214,4 @@ def update_by_tokens(
         return make_accumulate(forward_of(frozen, step), objective)(sums, params, part, place)
 
     apply = jax.jit(functools.partial(apply_sums, optimizer=optimizer), donate_argnums=0)
-    start, add = jax.jit(no_sums), jax.jit(functools.partial(jax.tree.map, jnp.add))
-
-    def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
-        sums, metrics = start(state.params), None
-        for place, part in enumerate(cut_by_tokens(batch, budget, shortest)):
-            sums, means = accumulate(sums, state.params, part, np.int32(place), state.step, frozen)
-            metrics = means if metrics is None else add(metrics, means)
-        state, norms = apply(state, sums)
-        return state, (metrics or {}) | norms
-
-    return update
+    return UpdateByTokens(budget, shortest, accumulate, apply)

@@ -32,6 +32,7 @@ from kardia_jax.rollout.sampling import Controls
 from kardia_jax.run import check_progress, open_run, report_data, start_state
 from kardia_jax.scoring import Graded, Grader, check_failures, grade, reward_metrics, rollout_rows
 from kardia_jax.types import GroupBatch, Params
+from kardia_jax.warmup import memory_errors, warm_grpo
 
 
 def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
@@ -74,9 +75,13 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
         reference = offloaded(reference, "grpo.offload_reference")
 
     # ---- Loop
-    with open_run(config, "grpo", steps, fresh) as run:
+    with open_run(config, "grpo", steps, fresh) as run, memory_errors("grpo"):
         state, timer = run.state, run.timer
         report_data(run.console, loaded, prompts.problems, f"{len(prompts.prompts)} prompts")
+        # ---- The largest shapes first: what does not fit shows before the first step
+        with timer.phase("warm-up"):
+            longest = max((prompt.tokens for prompt in prompts.prompts), key=len)
+            warm_grpo(config, policy, sampler, score, update, state, reference, longest)
         for step in range(run.first_step, steps):
             # ---- Sample
             with timer.phase("rollout"):

@@ -207,3 +207,14 @@ def test_mixed_lengths_compile_nothing_once_their_shapes_were_met():
         for batch in batches[::-1]:
             state, _ = step(state, batch)
         assert compilations.take().count == 0
+
+
+def test_what_is_compiled_ahead_is_what_a_call_runs():
+    step, state = update_by_tokens(forward_of, sft_objective, SGD, 60, shortest=1), init_state(params_of(), SGD)
+    names = [name for name, _ in step.programs(state, batch_of())]
+    assert len(names) == len(set(names)) > 2
+    assert names[-1] == "optimizer"
+    with CompilationCounter() as compilations:
+        step(state, batch_of())
+        # The sum of two micro-batches' metrics, which is no program of a shape.
+        assert compilations.take().count == 1
