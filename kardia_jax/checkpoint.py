@@ -38,6 +38,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt
 
+from kardia_jax.placement import HOST, on_device
 from kardia_jax.types import TrainState
 
 FREE_SPACE_MARGIN = 1.2
@@ -82,7 +83,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
-        leaves = _by_path(state)
+        leaves = {path: _own_copy(leaf) for path, leaf in _by_path(state).items()}
         self._needed = sum(_bytes(leaf) for leaf in leaves.values())
         _require_space(self.dir, self._needed)
         items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), extra=ocp.args.JsonSave(_sealed(leaves, extra)))
@@ -204,7 +205,7 @@ def _words(array: Array) -> UInt[Array, "..."]:
     return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
 
 
-_fingerprint_all = jax.jit(lambda leaves: {path: fingerprint(leaf) for path, leaf in leaves.items()})
+_fingerprint_all = jax.jit(lambda leaves: {path: fingerprint(on_device(leaf)) for path, leaf in leaves.items()})
 
 
 def _fingerprints(leaves: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
@@ -231,6 +232,13 @@ def _by_path(state: TrainState) -> dict[str, Any]:
         else leaf
         for path, leaf in pairs
     }
+
+
+def _own_copy(leaf: Any) -> Any:
+    """Orbax copies what is on a device, but would write from an array in host memory itself, which the next update
+    takes."""
+    offloaded = isinstance(leaf, jax.Array) and leaf.sharding.memory_kind == HOST
+    return jax.device_put(leaf, leaf.sharding, may_alias=False) if offloaded else leaf
 
 
 def _bytes(leaf: Leaf) -> int:

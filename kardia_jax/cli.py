@@ -193,32 +193,38 @@ def config_file(arguments: list[str]) -> Config:
 
 
 def _demo(arguments: list[str]) -> None:
+    from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.demo import run_demo
 
     if not arguments or (arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments)):
         fix = "In a clone of the repository: kardia demo configs/demo.py"
         raise ConfigError("demo", "a config file first", " ".join(arguments) or None, fix)
     args = tyro.cli(DemoArgs, prog="kardia demo", default=DemoArgs(config_file(arguments)), args=arguments)
+    use_compilation_cache(args.config.run.compilation_cache)
     run_demo(args.config, args.seeds)
 
 
 def _sft(arguments: list[str]) -> None:
     config = read_config("sft", arguments)
+    from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
     from kardia_jax.sft import train_sft
 
+    use_compilation_cache(config.run.compilation_cache)
     policy = train_sft(config, load_policy(config.model, config.run.seed))
     export_final(config, policy, "sft")
 
 
 def _grpo(arguments: list[str]) -> None:
     config = read_config("grpo", arguments)
+    from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
     from kardia_jax.scoring import make_grader
     from kardia_jax.train import train_grpo
 
+    use_compilation_cache(config.run.compilation_cache)
     policy = load_policy(config.model, config.run.seed)
     policy = train_grpo(config, policy, make_grader(config.judge, config.rewards))
     export_final(config, policy, "grpo")
@@ -226,8 +232,10 @@ def _grpo(arguments: list[str]) -> None:
 
 def _eval(arguments: list[str]) -> None:
     config = read_config("eval", arguments)
+    from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.report import evaluate_and_report
 
+    use_compilation_cache(config.run.compilation_cache)
     evaluate_and_report(config)
 
 

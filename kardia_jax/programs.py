@@ -6,28 +6,116 @@ so a run compiles each program once per pair of sizes; the same model evaluated 
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.stages import Compiled
 from jaxtyping import Array, Float, Int
 
 from kardia_jax.config import FULL, LoraConfig, ModelConfig
-from kardia_jax.grpo.update import Objective, completion_mask, make_update
+from kardia_jax.grpo.micro_batches import micro_batches as cut_by_tokens
+from kardia_jax.grpo.update import (
+    Forward,
+    Objective,
+    Sums,
+    apply_sums,
+    completion_mask,
+    make_accumulate,
+    make_update,
+    no_sums,
+)
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_logprobs
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.rollout import sampler
-from kardia_jax.rollout.batching import Generate, Programs, roll_out
+from kardia_jax.placement import on_device
+from kardia_jax.rollout import batching, sampler
+from kardia_jax.rollout.batching import Generate
+from kardia_jax.rollout.engine import SHORTEST
 from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
 
-CompiledUpdate = Callable[..., tuple[TrainState, dict[str, Mean]]]
-"""(state, batch, frozen) -> (state, undivided metrics); without ``frozen`` the state holds the whole model."""
+Programs = Iterator[tuple[str, Compiled]]
+"""A name with its shape, like ``update of 4 groups x (1024 + 8 x 512) tokens``, and the program."""
 Score = Callable[[Params, GroupBatch, Float[Array, ""]], tuple[Array, Array]]
+
+
+class CompiledUpdate(Protocol):
+    """One update, compiled; the state is donated, so the caller must not use the old one again."""
+
+    def __call__(
+        self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        """The next state and undivided metrics; without ``frozen`` the state holds the whole model."""
+        ...
+
+    def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
+        """Compiles what a call with arrays of these shapes runs; the call then finds it compiled. Nothing is run, but
+        what a program adds to is there while the program is looked at."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeUpdate:
+    """All micro-batches and the optimizer's step in one program."""
+
+    step: Any
+    """Compiled: (state, batch, frozen) -> (state, metrics)."""
+
+    def __call__(
+        self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        return self.step(state, batch, frozen)
+
+    def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
+        yield f"update of {shape_of(batch)}", self.step.lower(state, batch, frozen).compile()
+
+
+@dataclass(frozen=True)
+class UpdateByTokens:
+    """A program for every padded shape of micro-batch, each adding to the sums it is given, and one to end with."""
+
+    budget: int
+    """Tokens of a micro-batch; see ``grpo.micro_batches``."""
+    shortest: int
+    accumulate: Any
+    """Compiled: (sums, params, micro-batch, place, update, frozen) -> (sums, metrics)."""
+    apply: Any
+    """Compiled: (state, sums) -> (state, metrics)."""
+    start: Callable[[Params], Sums] = field(default_factory=lambda: jax.jit(no_sums))
+    add: Callable[..., dict[str, Mean]] = field(
+        default_factory=lambda: jax.jit(functools.partial(jax.tree.map, jnp.add))
+    )
+
+    def __call__(
+        self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        sums, metrics = self.start(state.params), None
+        for place, part in enumerate(cut_by_tokens(batch, self.budget, self.shortest)):
+            sums, means = self.accumulate(sums, state.params, part, np.int32(place), state.step, frozen)
+            metrics = means if metrics is None else self.add(metrics, means)
+        state, norms = self.apply(state, sums)
+        return state, (metrics or {}) | norms
+
+    def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
+        sums, seen = self.start(state.params), set()
+        for part in cut_by_tokens(batch, self.budget, self.shortest):
+            if shape_of(part) not in seen:
+                lowered = self.accumulate.lower(sums, state.params, part, np.int32(0), state.step, frozen)
+                yield f"gradient of {shape_of(part)}", lowered.compile()
+            seen.add(shape_of(part))
+        yield "optimizer", self.apply.lower(state, sums).compile()
+
+
+def shape_of(batch: GroupBatch) -> str:
+    """Like ``4 groups x (1024 + 8 x 512) tokens``."""
+    groups, group, completion = batch.completion_tokens.shape
+    return f"{groups} groups x ({batch.prompt_tokens.shape[1]} + {group} x {completion}) tokens"
 
 
 def compute_for(config: ModelConfig) -> Compute:
@@ -44,7 +132,7 @@ def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPU
     def model(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(function, spec, compute, storage)
 
-    programs = Programs(
+    programs = batching.Programs(
         weights=jax.jit(lambda params: decoding_weights(spec, params, compute.dtype, storage)),
         empty=jax.jit(model(sampler.empty), static_argnames=("size", "columns", "budget")),
         admit=jax.jit(model(sampler.admit), donate_argnames="rows"),
@@ -52,7 +140,7 @@ def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPU
         grow=jax.jit(sampler.grow, static_argnames="columns"),
         keep=jax.jit(sampler.keep),
     )
-    return functools.partial(roll_out, programs, rows)
+    return functools.partial(batching.roll_out, programs, rows)
 
 
 def score(
@@ -73,8 +161,12 @@ def score(
 
 @functools.cache
 def make_score(spec: ModelSpec, compute: Compute) -> Score:
-    """``score`` compiled: (params, batch, temperature) -> (logprobs, entropy)."""
-    return jax.jit(functools.partial(score, spec, compute))
+    """``score`` compiled: (params, batch, temperature) -> (logprobs, entropy); parameters may be in host memory."""
+
+    def fetch_and_score(params: Params, batch: GroupBatch, temperature: Float[Array, ""]) -> tuple[Array, Array]:
+        return score(spec, compute, on_device(params), batch, temperature)
+
+    return jax.jit(fetch_and_score)
 
 
 def learner_params(
@@ -94,18 +186,46 @@ def make_compiled_update(
     micro_batches: int,
     lora: LoraConfig = FULL,
     seed: int = 0,
+    tokens_per_micro_batch: int | None = None,
 ) -> CompiledUpdate:
-    """One update, compiled; the state is donated, so the caller must not use the old one again.
+    """The update of a run.
 
     ``frozen`` is an argument of the program and stays the caller's. Masks of dropout follow from (seed, update,
-    micro-batch).
+    micro-batch). With ``tokens_per_micro_batch`` each shape of micro-batch is a program that adds to donated sums, and
+    the optimizer's step is another; without, all is one program over ``micro_batches`` equal parts.
     """
 
-    def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
+    def forward_of(frozen: Params, step: Int[Array, ""]) -> Forward:
         def forward(trained: Params, part: GroupBatch, place: Int[Array, ""]) -> tuple[Array, Array]:
-            params = learner_params(lora, seed, frozen, trained, state.step, place)
+            params = learner_params(lora, seed, frozen, trained, step, place)
             return score(spec, compute, params, part, jnp.float32(temperature))
 
-        return make_update(forward, objective, optimizer, micro_batches)(state, batch)
+        return forward
 
-    return jax.jit(update, donate_argnums=0)
+    if tokens_per_micro_batch is not None:
+        return update_by_tokens(forward_of, objective, optimizer, tokens_per_micro_batch)
+
+    def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
+        return make_update(forward_of(frozen, state.step), objective, optimizer, micro_batches)(state, batch)
+
+    return WholeUpdate(jax.jit(update, donate_argnums=0))
+
+
+def update_by_tokens(
+    forward_of: Callable[[Params, Int[Array, ""]], Forward],
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    budget: int,
+    shortest: int = SHORTEST,
+) -> UpdateByTokens:
+    """``make_compiled_update`` over micro-batches within ``budget`` tokens, for any forward pass (frozen, update) ->
+    ``Forward``; one program per padded shape, and lengths are padded to ``shortest`` at least."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def accumulate(
+        sums: Sums, params: Params, part: GroupBatch, place: Int[Array, ""], step: Int[Array, ""], frozen: Params
+    ) -> tuple[Sums, dict[str, Mean]]:
+        return make_accumulate(forward_of(frozen, step), objective)(sums, params, part, place)
+
+    apply = jax.jit(functools.partial(apply_sums, optimizer=optimizer), donate_argnums=0)
+    return UpdateByTokens(budget, shortest, accumulate, apply)

@@ -17,16 +17,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import optax
 
 from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
-from kardia_jax.config import Config, ConfigError, RunConfig, flat, to_json
+from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, flat, to_json
 from kardia_jax.dialogue.dataset import Loaded
+from kardia_jax.grpo.update import init_state
+from kardia_jax.observe.compilations import CompilationCounter
 from kardia_jax.observe.console import TrainingConsole
 from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.trackers import Tracker, open_trackers
-from kardia_jax.types import TrainState
+from kardia_jax.placement import offloaded
+from kardia_jax.types import Params, TrainState
+
+WARM_STEPS = 2
+"""Steps of a run, or of its resumption, in which compiling is expected and not reported."""
 
 
 class TrainingError(RuntimeError):
@@ -44,6 +51,7 @@ class Run:
     state: TrainState
     """Where the loop starts: fresh, or restored."""
     timer: PhaseTimer
+    compilations: CompilationCounter
     console: TrainingConsole
     trackers: list[Tracker]
     rollouts: JsonlWriter
@@ -57,20 +65,24 @@ class Run:
         rollouts: Sequence[Mapping[str, object]] = (),
     ) -> None:
         """Reports step ``step`` (counted from 1) and saves when it is time."""
-        seconds = self.timer.take()
+        seconds, compiled = self.timer.take(), self.compilations.take()
         metrics = {
             **metrics,
+            "compilations": float(compiled.count),
             "tokens_per_second": metrics.get("tokens", 0.0) / max(sum(seconds.values()), 1e-9),
         }
         self.rollouts.write(step, *rollouts)
         for tracker in self.trackers:
             tracker.log(step, {**metrics, **{f"seconds/{name}": value for name, value in seconds.items()}})
         self.console.update(step, metrics, seconds)
+        if compiled.count and step > self.first_step + WARM_STEPS:
+            self.console.message(f"step {step}: {compiled.count} programs compiled in {compiled.seconds:.1f}s")
         # After the files: whoever resumes from a checkpoint finds every line up to its step. Its seconds count for the
         # next step.
         if due(step, self.config.save_every, self.steps):
             with self.timer.phase("save"):
                 self.checkpoints.save(step, state, {"config": self.saved_config})
+            self.compilations.take()  # The checksums are no program of the next step.
 
 
 def report_data(console: TrainingConsole, loaded: Loaded, too_long: Sequence[str], used: str) -> None:
@@ -83,6 +95,16 @@ def report_data(console: TrainingConsole, loaded: Loaded, too_long: Sequence[str
 def due(step: int, every: int, last: int) -> bool:
     """Is it time: every so many steps, and at the end."""
     return step % every == 0 or step == last
+
+
+def start_state(
+    params: Params, optimizer: optax.GradientTransformation, config: OptimizerConfig, where: str
+) -> TrainState:
+    """Step 0, the moments where the config wants them; ``where`` is the part of the config, like ``sft.optimizer``."""
+    state = init_state(params, optimizer)
+    if not config.offload:
+        return state
+    return state._replace(opt_state=offloaded(state.opt_state, f"{where}.offload"))
 
 
 @contextmanager
@@ -98,7 +120,12 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
     write_whole(folder / "verb.json", json.dumps({"verb": verb}) + "\n")
     console = TrainingConsole(verb, steps, first_step, live=config.run.console)
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
-    with JsonlWriter(folder / "rollouts.jsonl") as rollouts, checkpoints, console:
+    with (
+        JsonlWriter(folder / "rollouts.jsonl") as rollouts,
+        checkpoints,
+        console,
+        CompilationCounter() as compilations,
+    ):
         trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
         try:
             yield Run(
@@ -108,6 +135,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
                 first_step,
                 state,
                 PhaseTimer(),
+                compilations,
                 console,
                 trackers,
                 rollouts,
@@ -137,7 +165,8 @@ def _start(config: Config, saved_config: dict[str, Any], fresh: TrainState) -> t
     if not config.run.resume:
         refuse_existing(folder)
         return fresh, 0
-    restored = restore_latest(folder, jax.eval_shape(lambda: fresh))
+    places = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
+    restored = restore_latest(folder, places)
     if restored is None:
         fix = "Start without --run.resume."
         raise CheckpointError(f"run.resume: wanted a complete checkpoint in {folder}, got none. {fix}")

@@ -15,13 +15,14 @@ from kardia_jax.dialogue.dataset import load_dialogues
 from kardia_jax.dialogue.pipeline import batches
 from kardia_jax.dialogue.prompt import Example, examples_of, load_system_prompt
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
-from kardia_jax.grpo.update import init_state, sft_objective
+from kardia_jax.grpo.update import sft_objective
 from kardia_jax.observe.measures import to_host, values
 from kardia_jax.policies import Policy, check_positions
 from kardia_jax.programs import compute_for, make_compiled_update
 from kardia_jax.rollout.engine import SHORTEST, pad_rows
-from kardia_jax.run import check_progress, open_run, report_data
+from kardia_jax.run import check_progress, open_run, report_data, start_state
 from kardia_jax.types import GroupBatch
+from kardia_jax.warmup import memory_errors, warm_update
 
 
 def train_sft(config: Config, policy: Policy) -> Policy:
@@ -52,13 +53,19 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         micro_batches=config.sft.micro_batches,
         lora=policy.lora,
         seed=config.run.seed,
+        tokens_per_micro_batch=config.sft.tokens_per_micro_batch,
     )
 
+    fresh = start_state(policy.params, optimizer, config.sft.optimizer, "sft.optimizer")
+
     # ---- Loop
-    with open_run(config, "sft", steps, init_state(policy.params, optimizer)) as run:
+    with open_run(config, "sft", steps, fresh) as run, memory_errors("sft"):
         state = run.state
         used = f"{len(examples.examples)} answers in {len(groups)} conversations"
         report_data(run.console, loaded, examples.problems, used)
+        with run.timer.phase("warm-up"):
+            largest = largest_batch(groups, config.sft.batch, policy.pad_id, longest)
+            warm_update(update, state, largest, policy.frozen, "sft")
         for step in range(run.first_step, steps):
             with run.timer.phase("batch"):
                 batch = sft_batch(order[step], policy.pad_id, longest)
@@ -101,6 +108,13 @@ def conversations(examples: Sequence[Example]) -> list[list[Example]]:
 def conversation_size(group: Sequence[Example]) -> tuple[int, int]:
     """What decides the padded shape of a conversation: answers, then tokens of the whole prompt."""
     return len(group), len(group[-1].prompt.tokens)
+
+
+def largest_batch(groups: Sequence[Sequence[Example]], batch: int, pad_id: int, answer_tokens: int) -> GroupBatch:
+    """A batch of the shape that none of a run exceeds: the most answers and the longest prompt in every row."""
+    most, longest = max(groups, key=len), max((group[-1].prompt for group in groups), key=lambda p: len(p.tokens))
+    full = [*most[:-1], Example(longest, most[-1].completion_tokens)]
+    return sft_batch([full] * batch, pad_id, answer_tokens)
 
 
 def sft_batch(groups: Sequence[Sequence[Example]], pad_id: int, answer_tokens: int = SHORTEST) -> GroupBatch:

@@ -20,18 +20,20 @@ from kardia_jax.dialogue.spans import Spans
 from kardia_jax.grpo.advantages import group_advantages, group_diagnostics, soft_overlong_penalty
 from kardia_jax.grpo.losses import entropy_floor, make_loss
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
-from kardia_jax.grpo.update import completion_mask, grpo_objective, init_state
+from kardia_jax.grpo.update import completion_mask, grpo_objective
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.decoding import Storage
 from kardia_jax.observe.measures import merge, to_host, values
+from kardia_jax.placement import offloaded
 from kardia_jax.policies import Policy, check_positions, sampler_of
 from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score
 from kardia_jax.rewards.diagnostics import hacking_signs
 from kardia_jax.rollout.engine import Sampled, sample
 from kardia_jax.rollout.sampling import Controls
-from kardia_jax.run import check_progress, open_run, report_data
+from kardia_jax.run import check_progress, open_run, report_data, start_state
 from kardia_jax.scoring import Graded, Grader, check_failures, grade, reward_metrics, rollout_rows
 from kardia_jax.types import GroupBatch, Params
+from kardia_jax.warmup import memory_errors, warm_grpo
 
 
 def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
@@ -56,18 +58,32 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     rate = learning_rate(grpo.optimizer, updates)
     objective = grpo_objective(make_loss(grpo.loss, grpo.sampler.max_new_tokens))
     update = make_compiled_update(
-        policy.spec, compute, objective, optimizer, grpo.sampler.temperature, grpo.micro_batches, policy.lora, seed
+        policy.spec,
+        compute,
+        objective,
+        optimizer,
+        grpo.sampler.temperature,
+        grpo.micro_batches,
+        policy.lora,
+        seed,
+        grpo.tokens_per_micro_batch,
     )
     controls = Controls.from_config(grpo.sampler)
 
     # ---- State
-    fresh = init_state(policy.params, optimizer)
+    fresh = start_state(policy.params, optimizer, grpo.optimizer, "grpo.optimizer")
     reference = policy.reference() if grpo.loss.beta > 0 else None
+    if reference is not None and grpo.offload_reference:
+        reference = offloaded(reference, "grpo.offload_reference")
 
     # ---- Loop
-    with open_run(config, "grpo", steps, fresh) as run:
+    with open_run(config, "grpo", steps, fresh) as run, memory_errors("grpo"):
         state, timer = run.state, run.timer
         report_data(run.console, loaded, prompts.problems, f"{len(prompts.prompts)} prompts")
+        # ---- The largest shapes first: what does not fit shows before the first step
+        with timer.phase("warm-up"):
+            longest = max((prompt.tokens for prompt in prompts.prompts), key=len)
+            warm_grpo(config, policy, sampler, score, update, state, reference, longest)
         for step in range(run.first_step, steps):
             # ---- Sample
             with timer.phase("rollout"):

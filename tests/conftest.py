@@ -7,6 +7,7 @@ run that needs neither.
 import contextlib
 import os
 import resource
+import tempfile
 
 import pytest
 
@@ -14,6 +15,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No test reads or writes compiled programs of other runs, and none touches the user's own cache.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "kardia_jax-tests")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests compile much and run little: without LLVM's expensive passes they take about a third less time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

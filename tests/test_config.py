@@ -77,6 +77,7 @@ REFUSED = [
     (SftConfig, {"epochs": 0.0}, "sft.epochs", "more than 0", "0.0"),
     (SftConfig, {"batch": 0}, "sft.batch", "at least 1", "0"),
     (SftConfig, {"batch": 6, "micro_batches": 4}, "sft.micro_batches", "a divisor of the batch = 6", "4"),
+    (SftConfig, {"tokens_per_micro_batch": 0}, "sft.tokens_per_micro_batch", "none or at least 1", "0"),
     (GrpoConfig, {"steps": 0}, "grpo.steps", "none or at least 1", "0"),
     (GrpoConfig, {"epochs": -1.0}, "grpo.epochs", "more than 0", "-1.0"),
     (GrpoConfig, {"prompts": 0}, "grpo.prompts", "at least 1", "0"),
@@ -85,6 +86,13 @@ REFUSED = [
     (GrpoConfig, {"prompts": 4, "minibatches": 3}, "grpo.minibatches", "a divisor of grpo.prompts = 4", "3"),
     (GrpoConfig, {"prompts": 4, "minibatches": 0}, "grpo.minibatches", "a divisor of grpo.prompts = 4", "0"),
     (GrpoConfig, {"minibatches": 2, "micro_batches": 4}, "grpo.micro_batches", "a divisor of the batch = 2", "4"),
+    (
+        GrpoConfig,
+        {"micro_batches": 4, "tokens_per_micro_batch": 64},
+        "grpo.micro_batches",
+        "1 with grpo.tokens_per_micro_batch",
+        "4",
+    ),
     (
         GrpoConfig,
         {"advantage": AdvantageConfig(scale="gdpo"), "loss": LossConfig(overlong_buffer=9)},
@@ -222,9 +230,9 @@ def test_ratio_bounds_by_preset():
 
 # ---- there and back
 
-OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7)
+OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7, None, "bfloat16", True)
 OTHER = Config(
-    run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow")),
+    run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow"), "off"),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
     model=ModelConfig(
         *("out/hf", "out/tokenizer", "bfloat16", "xla", "dots", 16, 3),
@@ -232,7 +240,7 @@ OTHER = Config(
     ),
     rewards=RewardConfig(0.5, 0.25, 0.125),
     judge=JudgeConfig(max_failure_share=0.25, min_valid=3),
-    sft=SftConfig(0.5, 6, 3, 4, OTHER_OPTIMIZER),
+    sft=SftConfig(0.5, 6, 3, None, 4, OTHER_OPTIMIZER),
     grpo=GrpoConfig(
         steps=11,
         epochs=1.5,
@@ -271,9 +279,11 @@ OTHER = Config(
     ),
     eval=EvalConfig(SamplerConfig(0.25, 5, 0.5, 0.25, 44), 3, 2, "last"),
 )
-# One choice only, a switch that belongs to one preset, and an adapter's directory, which names its own rank.
+# One choice only, a switch that needs a model without adapter, a switch that belongs to one preset, an adapter's
+# directory, which names its own rank, and what stands instead of equal micro-batches.
 MUON = ("sft.optimizer.muon_learning_rate", "grpo.optimizer.muon_learning_rate")
-FIXED = {"judge.kind", "grpo.loss.cispo_clip", "model.adapter", *MUON}
+TOKENS = ("sft.tokens_per_micro_batch", "grpo.tokens_per_micro_batch")
+FIXED = {"judge.kind", "grpo.offload_reference", "grpo.loss.cispo_clip", "model.adapter", *MUON, *TOKENS}
 
 
 def test_the_other_tree_differs_from_the_default_everywhere():
@@ -288,6 +298,8 @@ def test_the_other_tree_differs_from_the_default_everywhere():
         OTHER,
         with_field(with_field(Config(), "grpo.loss.name", "cispo"), "grpo.loss.cispo_clip", "band"),
         with_field(with_field(Config(), MUON[0], 0.04), MUON[1], 0.02),
+        with_field(Config(), "grpo.offload_reference", True),
+        with_field(with_field(Config(), TOKENS[0], 4096), TOKENS[1], 2048),
     ],
 )
 def test_json_and_back_is_the_same_config(config):

@@ -36,11 +36,16 @@ class RunConfig:
     """Live progress on the terminal; the JSONL metrics are written either way."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     """Where metrics go besides metrics.jsonl; needs the extra `track`."""
+    compilation_cache: str = "auto"
+    """Folder in which the command line keeps compiled programs, so that the next run loads them. auto: the one that
+    JAX_COMPILATION_CACHE_DIR names, else one in the user's cache folder; off: compile anew."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "run.seed", "an integer in [0, 2^31)", self.seed)
         require(self.save_every >= 1, "run.save_every", "at least 1", self.save_every)
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "at least 1", self.keep_checkpoints)
+        fix = "Give auto, a folder, or off."
+        require(bool(self.compilation_cache), "run.compilation_cache", "a folder", self.compilation_cache, fix)
         require(self.log_rollouts >= -1, "run.log_rollouts", "-1 (all), 0 or more", self.log_rollouts)
 
 
@@ -201,6 +206,12 @@ class OptimizerConfig:
     """Updates in a row with a gradient that is not finite before the run stops."""
     muon_learning_rate: float | None = None
     """Peak learning rate of Muon, which then trains the blocks' matrices and leaves the rest to Adam; none is off."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the first moment is kept between updates; bfloat16 saves 2 bytes a parameter. The second moment
+    is always float32."""
+    offload: bool = False
+    """Keep the moments in pinned host memory between updates: saves up to 8 bytes a parameter on the device while
+    gradients are computed, and costs two transfers an update."""
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
@@ -227,6 +238,9 @@ class SftConfig:
     """Conversations in one update; each brings one example per assistant turn, and all share its prompt."""
     micro_batches: int = 1
     """Slices of a batch whose gradients are added before the update; lowers memory, changes nothing else."""
+    tokens_per_micro_batch: int | None = None
+    """Instead of equal slices: conversations sorted by length and cut so that a slice has at most so many tokens
+    (padded prompt + answers x padded answer, over its conversations), each padded for itself; none is off."""
     length_window: int = 16
     """Batches drawn together, so that conversations of like length share one and less is padded; 1 is off."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4))
@@ -235,7 +249,7 @@ class SftConfig:
         require(self.epochs > 0, "sft.epochs", "more than 0", self.epochs)
         require(self.batch >= 1, "sft.batch", "at least 1", self.batch)
         require(self.length_window >= 1, "sft.length_window", "at least 1", self.length_window)
-        _check_split("sft", self.batch, self.micro_batches)
+        _check_split("sft", self.batch, self)
 
 
 @dataclass(frozen=True)
@@ -256,9 +270,15 @@ class GrpoConfig:
     """Passes over the same rollouts."""
     micro_batches: int = 1
     """Slices of a minibatch whose gradients are added before the update."""
+    tokens_per_micro_batch: int | None = None
+    """Instead of equal slices: groups sorted by length and cut so that a slice has at most so many tokens (padded
+    prompt + group x padded completion, over its groups), each padded for itself; none is off."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(temperature=0.9))
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    offload_reference: bool = False
+    """Keep the reference policy (`loss.beta` above 0) in pinned host memory: saves 4 bytes a parameter on the device
+    outside its own pass, and costs one transfer a step."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
@@ -270,7 +290,7 @@ class GrpoConfig:
         fix = "Pick a divisor of grpo.prompts."
         divides = self.minibatches >= 1 and self.prompts % self.minibatches == 0
         require(divides, "grpo.minibatches", f"a divisor of grpo.prompts = {self.prompts}", self.minibatches, fix)
-        _check_split("grpo", self.prompts // self.minibatches, self.micro_batches)
+        _check_split("grpo", self.prompts // self.minibatches, self)
         fix = "Shorten it or raise grpo.sampler.max_new_tokens."
         budget, buffer = self.sampler.max_new_tokens, self.loss.overlong_buffer
         require(buffer <= budget, "grpo.loss.overlong_buffer", f"at most the token budget = {budget}", buffer, fix)
@@ -331,16 +351,24 @@ class Config:
             fix = "Muon trains whole matrices; adapters are left to AdamW."
             allowed = muon is None or not adapting
             require(allowed, f"{part}.optimizer.muon_learning_rate", "none with an adapter", muon, fix)
+        fix = "The reference of an adapter is the frozen base, which the policy reads as well."
+        offload = self.grpo.offload_reference
+        require(not (offload and adapting), "grpo.offload_reference", "False with an adapter", offload, fix)
         least, group = self.judge.min_valid, self.grpo.group
         require(
             least <= group, "judge.min_valid", f"at most grpo.group = {group}", least, "Every group would be left out."
         )
 
 
-def _check_split(part: str, rows: int, micro_batches: int) -> None:
+def _check_split(part: str, rows: int, config: SftConfig | GrpoConfig) -> None:
+    parts, tokens = config.micro_batches, config.tokens_per_micro_batch
     fix = f"Pick a divisor of {rows}."
-    divides = micro_batches >= 1 and rows % micro_batches == 0
-    require(divides, f"{part}.micro_batches", f"a divisor of the batch = {rows}", micro_batches, fix)
+    divides = parts >= 1 and rows % parts == 0
+    require(divides, f"{part}.micro_batches", f"a divisor of the batch = {rows}", parts, fix)
+    require(tokens is None or tokens >= 1, f"{part}.tokens_per_micro_batch", "none or at least 1", tokens)
+    fix = "The budget decides how many there are."
+    alone = tokens is None or parts == 1
+    require(alone, f"{part}.micro_batches", f"1 with {part}.tokens_per_micro_batch", parts, fix)
 
 
 def to_json(config: Any) -> str:

@@ -59,6 +59,7 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
+        mu_dtype=config.moment_dtype,
         weight_decay=config.weight_decay,
         mask=decayed,
     )
@@ -70,6 +71,7 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
         rate,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
+        mu_dtype=config.moment_dtype,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
         adam_learning_rate=learning_rate(config, updates),

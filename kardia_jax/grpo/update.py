@@ -2,12 +2,15 @@
 
 The objective comes in as a function of the batch's log-probs, so GRPO in all its variants and supervised fine-tuning
 are the same program. It returns a loss that is not divided yet, ``Mean(sum, weight)``: gradients of the sums are added
-over micro-batches and divided once by the summed weight, so the split never changes the result.
+over micro-batches and divided once by the summed weight, so the split never changes the result. ``make_accumulate``
+adds one micro-batch and ``apply_sums`` divides and steps: ``make_update`` makes one program of them, for micro-batches
+of one shape; where shapes differ, each is a program of its own.
 
 A gradient that is not finite changes nothing but the count of bad steps.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kardia_jax.grpo.losses import LossFn, LossInputs
+from kardia_jax.placement import on_device, where_it_was
 from kardia_jax.types import GroupBatch, Mean, Params, TrainState
 
 Forward = Callable[[Params, GroupBatch, Int[Array, ""]], tuple[Float[Array, "P G T"], Float[Array, "P G T"]]]
@@ -25,6 +29,17 @@ Objective = Callable[[GroupBatch, Float[Array, "P G T"], Float[Array, "P G T"]],
 """(batch, policy_logprobs, entropy) -> undivided loss and undivided metrics."""
 
 Update = Callable[[TrainState, GroupBatch], tuple[TrainState, dict[str, Mean]]]
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up; nothing in it is divided yet."""
+
+    gradient: Params
+    """Of the sum of the loss."""
+    loss: Mean
+
+
+Accumulate = Callable[[Sums, Params, GroupBatch, Int[Array, ""]], tuple[Sums, dict[str, Mean]]]
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -79,11 +94,13 @@ def split(batch: GroupBatch, parts: int) -> GroupBatch:
     return jax.tree.map(cut, batch)
 
 
-def make_update(
-    forward: Forward, objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int = 1
-) -> Update:
-    """The function (state, batch) -> (state, metrics); metrics are undivided means and ``grad_norm``-like scalars
-    of weight 1."""
+def no_sums(params: Params) -> Sums:
+    """What accumulation starts from."""
+    return Sums(jax.tree.map(jnp.zeros_like, params), Mean(jnp.float32(0), jnp.float32(0)))
+
+
+def make_accumulate(forward: Forward, objective: Objective) -> Accumulate:
+    """Adds one micro-batch: (sums, params, batch, place) -> (sums, the micro-batch's undivided metrics)."""
 
     def undivided(
         params: Params, batch: GroupBatch, place: Int[Array, ""]
@@ -91,20 +108,39 @@ def make_update(
         loss, metrics = objective(batch, *forward(params, batch, place))
         return loss.sum, (loss, metrics)
 
+    def accumulate(
+        sums: Sums, params: Params, batch: GroupBatch, place: Int[Array, ""]
+    ) -> tuple[Sums, dict[str, Mean]]:
+        gradient, (loss, metrics) = jax.grad(undivided, has_aux=True)(params, batch, place)
+        return jax.tree.map(jnp.add, sums, Sums(gradient, loss)), metrics
+
+    return accumulate
+
+
+def apply_sums(
+    state: TrainState, sums: Sums, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, Mean]]:
+    """The one division, then the optimizer; ``loss`` and ``grad_norm``-like scalars of weight 1 beside the state."""
+    weight = jnp.maximum(sums.loss.weight, 1e-8)
+    gradient = jax.tree.map(lambda g: g / weight, sums.gradient)
+    state, norms = apply_gradient(state, gradient, jnp.isfinite(sums.loss.sum), optimizer)
+    return state, norms | {"loss": sums.loss}
+
+
+def make_update(
+    forward: Forward, objective: Objective, optimizer: optax.GradientTransformation, micro_batches: int = 1
+) -> Update:
+    """The function (state, batch) -> (state, undivided metrics), over micro-batches of equal shape."""
+    accumulate = make_accumulate(forward, objective)
+
     def update(state: TrainState, batch: GroupBatch) -> tuple[TrainState, dict[str, Mean]]:
-        gradient_of = jax.grad(undivided, has_aux=True)
+        def add(sums: Sums, piece: tuple[GroupBatch, Int[Array, ""]]) -> tuple[Sums, dict[str, Mean]]:
+            return accumulate(sums, state.params, *piece)
+
         pieces = split(batch, micro_batches), jnp.arange(micro_batches)
-        first = jax.tree.map(lambda x: x[0], pieces)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, state.params, *first))
-
-        def add(total, piece: tuple[GroupBatch, Int[Array, ""]]):
-            return jax.tree.map(jnp.add, total, gradient_of(state.params, *piece)), None
-
-        (gradient, (loss, metrics)), _ = jax.lax.scan(add, zeros, pieces)
-        weight = jnp.maximum(loss.weight, 1e-8)
-        gradient = jax.tree.map(lambda g: g / weight, gradient)
-        state, norms = apply_gradient(state, gradient, jnp.isfinite(loss.sum), optimizer)
-        return state, metrics | norms | {"loss": loss}
+        sums, metrics = jax.lax.scan(add, no_sums(state.params), pieces)
+        state, norms = apply_sums(state, sums, optimizer)
+        return state, jax.tree.map(lambda x: x.sum(0), metrics) | norms
 
     return update
 
@@ -112,10 +148,14 @@ def make_update(
 def apply_gradient(
     state: TrainState, gradient: Params, loss_finite: Bool[Array, ""], optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """One optimizer step, or none at all when the loss or the gradient is not finite."""
+    """One optimizer step, or none at all when the loss or the gradient is not finite.
+
+    An optimizer state that lives in host memory is fetched for the step and goes back there.
+    """
     norm = optax.tree.norm(gradient)
     good = jnp.isfinite(norm) & loss_finite
-    changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    before = on_device(state.opt_state)
+    changes, opt_state = optimizer.update(gradient, before, state.params)
     params = optax.apply_updates(state.params, changes)
 
     def choose(new: Array, old: Array) -> Array:
@@ -124,7 +164,7 @@ def apply_gradient(
     new = TrainState(
         step=state.step + 1,
         params=jax.tree.map(choose, params, state.params),
-        opt_state=jax.tree.map(choose, opt_state, state.opt_state),
+        opt_state=where_it_was(jax.tree.map(choose, opt_state, before), state.opt_state),
         bad_steps=jnp.where(good, 0, state.bad_steps + 1),
     )
     one = jnp.float32(1)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kardia_jax.model.attention import Scoring, Window, group_attention
+from kardia_jax.model.attention import Scoring, Window
 from kardia_jax.model.backends import Wanted, completion_attention, prompt_attention
 from kardia_jax.model.head import model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, norm, rotations, stacked_kinds, turn_of

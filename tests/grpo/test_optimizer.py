@@ -153,6 +153,39 @@ def test_muon_moves_each_layers_matrix_by_its_nearest_rotation_and_leaves_the_re
         np.testing.assert_allclose(moved, -0.5 * (0.09 / 0.19 + 1) * jnp.sign(slope), rtol=1e-4)
 
 
+@pytest.mark.parametrize("muon", [None, 0.1])
+def test_a_bfloat16_first_moment_is_kept_as_such_and_still_descends(muon):
+    params = {
+        "mlp": {"up": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 8)), jnp.float32)}},
+        "scale": jnp.ones(8),
+    }
+    target = jax.tree.map(lambda x: 0.5 * x + 0.25, params)
+
+    def value(params):
+        return sum(jnp.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (params, target)), strict=True))
+
+    def trained(dtype: str):
+        config = OptimizerConfig(0.1, weight_decay=0.0, muon_learning_rate=muon, moment_dtype=dtype)
+        optimizer = make_optimizer(config, 60)
+
+        def descend(carry, _):
+            params, state = carry
+            changes, state = optimizer.update(jax.grad(value)(params), state, params)
+            return (optax.apply_updates(params, changes), state), None
+
+        return jax.jit(lambda start: jax.lax.scan(descend, start, None, 60)[0])((params, optimizer.init(params)))
+
+    (whole, _), (half, state) = trained("float32"), trained("bfloat16")
+    named = [(jax.tree_util.keystr(path), leaf.dtype) for path, leaf in jax.tree.leaves_with_path(state)]
+    assert {dtype for name, dtype in named if ".mu" in name} == {jnp.dtype(jnp.bfloat16)}
+    assert {dtype for name, dtype in named if ".nu" in name} == {jnp.dtype(jnp.float32)}
+    # bfloat16 keeps 8 bits: the paths part by about a hundredth of what they cover.
+    start, ours, theirs = float(value(params)), float(value(half)), float(value(whole))
+    assert ours < 0.05 * start
+    assert ours == pytest.approx(theirs, abs=0.01 * start)
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(whole), strict=True))
+
+
 def test_every_kernel_of_a_model_is_a_matrix_for_muon_and_nothing_else():
     spec = ModelSpec("qwen2", 11, 8, 24, 2, 4, 2, 4, tied=False)
     shapes = jax.eval_shape(functools.partial(policy.init, spec), jax.random.key(0))

@@ -61,8 +61,10 @@ def counted(batch: GroupBatch, logprobs: jax.Array, entropy: jax.Array):
 
 
 @functools.cache
-def update(micro_batches: int):
-    return programs.make_compiled_update(SPEC, COMPUTE, counted, SGD, TEMPERATURE, micro_batches)
+def update(micro_batches: int, tokens: int | None = None):
+    return programs.make_compiled_update(
+        SPEC, COMPUTE, counted, SGD, TEMPERATURE, micro_batches, tokens_per_micro_batch=tokens
+    )
 
 
 def fresh():
@@ -70,9 +72,9 @@ def fresh():
     return init_state(numpy_params(SPEC), SGD)
 
 
-def learn(micro_batches: int, batch: GroupBatch):
+def learn(micro_batches: int, batch: GroupBatch, tokens: int | None = None):
     """New parameters and divided metrics, on the host."""
-    state, metrics = update(micro_batches)(fresh(), batch)
+    state, metrics = update(micro_batches, tokens)(fresh(), batch)
     return jax.device_get(state.params), values(to_host(metrics))
 
 
@@ -96,6 +98,10 @@ def test_micro_batches_and_padding_change_nothing():
         sampler_logprobs=lengthened(plain.sampler_logprobs, jnp.nan),
     )
     assert_same(learn(4, longer), learn(1, plain))
+
+
+def test_micro_batches_by_tokens_change_nothing():
+    assert_same(learn(1, batch(), tokens=40), learn(1, batch()))
 
 
 def test_the_order_of_rows_changes_nothing():

@@ -1,7 +1,9 @@
 import json
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kardia_jax import run as run_module
@@ -50,6 +52,18 @@ def test_speed_is_tokens_over_the_seconds_of_the_step(config_of, read_lines, mon
     (row,) = read_lines(config.run.dir / "metrics.jsonl")
     assert row["tokens_per_second"] == 5.0
     assert row["seconds/rollout"] == 1.5
+
+
+def test_compilations_are_counted_and_said_once_the_run_is_warm(config_of, read_lines, capsys):
+    config = config_of({"run.save_every": 1})
+    with open_run(config, "sft", 4, state_at(0)) as run:
+        for step in range(1, 5):
+            jax.jit(lambda x: x + 1)(np.zeros(3, np.float32))
+            run.finish_step(step, state_at(step), {})
+    # Every trip makes a function of its own, so each compiles; saving, which compiles checksums, is not counted.
+    assert [row["compilations"] for row in read_lines(config.run.dir / "metrics.jsonl")] == [1, 1, 1, 1]
+    said = [line for line in capsys.readouterr().out.splitlines() if "compiled" in line]
+    assert [line.split(" in ")[0] for line in said] == [f"step {step}: 1 programs compiled" for step in (3, 4)]
 
 
 def test_an_unknown_metric_is_null_and_not_a_number(config_of, read_lines):

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 
 from kardia_jax import run as run_module
-from kardia_jax import scoring, train
+from kardia_jax import scoring, train, warmup
 from kardia_jax.checkpoint import CheckpointError, latest_step, restore_latest
 from kardia_jax.config import ConfigError
 from kardia_jax.grpo.optimizer import make_optimizer
 from kardia_jax.grpo.update import init_state
+from kardia_jax.observe.compilations import EVENT
 from kardia_jax.run import TrainingError
 from kardia_jax.scoring import JudgeStopError
 from kardia_jax.train import train_grpo
 from kardia_jax.types import GroupBatch
+from kardia_jax.warmup import MemoryShortageError
 
 # Nats; two float32 programs that sum in another order.
 AGREEMENT = 1e-4
@@ -31,7 +33,9 @@ def final_state(config, params):
 
 
 def without_clocks(rows):
-    return [{k: v for k, v in one.items() if not k.startswith("seconds/") and k != "tokens_per_second"} for one in rows]
+    """Less what a resumed process does anew: the time it takes and what it compiles."""
+    anew = ("tokens_per_second", "compilations")
+    return [{k: v for k, v in one.items() if not k.startswith("seconds/") and k not in anew} for one in rows]
 
 
 @pytest.fixture
@@ -264,3 +268,71 @@ def test_a_run_killed_before_its_first_checkpoint_has_to_start_again(config_of, 
         train_grpo(config_of({"run.resume": True}), fresh_policy(), grader_of())
     train_grpo(config_of(), fresh_policy(), grader_of())
     assert latest_step(config_of().run.dir / "checkpoints") == 4
+
+
+# ---- the learner's memory, and what is compiled when
+
+
+@pytest.mark.usefixtures("every_text_counts")
+@pytest.mark.parametrize("field", ["grpo.offload_reference", "grpo.optimizer.offload"])
+def test_what_waits_in_host_memory_changes_nothing(field, whole, config_of, fresh_policy, grader_of, read_lines):
+    config = config_of({field: True})
+    policy = train_grpo(config, fresh_policy(), grader_of())
+    assert bits(final_state(config, policy.params)) == whole["state"]
+    assert without_clocks(read_lines(config.run.dir / "metrics.jsonl")) == whole["metrics"]
+
+
+@pytest.mark.usefixtures("every_text_counts")
+def test_micro_batches_by_tokens_learn_the_same(whole, config_of, fresh_policy, grader_of, read_lines):
+    config = config_of({"grpo.tokens_per_micro_batch": 200, "grpo.steps": 1})
+    train_grpo(config, fresh_policy(), grader_of())
+    (ours,) = without_clocks(read_lines(config.run.dir / "metrics.jsonl"))
+    for name in ("loss", "entropy", "grad_norm", "update_norm"):
+        assert ours[name] == pytest.approx(whole["metrics"][0][name], rel=AGREEMENT, abs=AGREEMENT)
+
+
+@pytest.fixture
+def compiled_updates():
+    """Names of the update programs that were compiled, one entry each."""
+    names: list[str] = []
+
+    def hear(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
+        if event == EVENT and fun_name in ("jit(update)", "jit(fetch_and_score)"):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(hear)
+
+
+@pytest.mark.usefixtures("every_text_counts")
+def test_the_warm_up_compiles_what_the_run_then_calls(
+    config_of, fresh_policy, grader_of, killed_at, compiled_updates, monkeypatch
+):
+    # A bound that no other test has, so that its programs are not there yet.
+    fields = {"grpo.loss.clip_high": 0.31, "grpo.passes": 2}
+    warmed = []
+    original = train.warm_grpo
+
+    def warm(*args):
+        original(*args)
+        warmed.append(sorted(compiled_updates))
+
+    monkeypatch.setattr(train, "warm_grpo", warm)
+    with killed_at(train, "rollout_batch", 3) as killed, pytest.raises(killed):
+        train_grpo(config_of(fields), fresh_policy(), grader_of())
+    # On-policy and off-policy: the same update with and without old log-probs.
+    assert warmed[0].count("jit(update)") == 2
+    assert sorted(compiled_updates) == warmed[0]
+    compiled_updates.clear()
+    train_grpo(config_of(fields | {"run.resume": True}), fresh_policy(), grader_of())
+    assert sorted(compiled_updates) == warmed[1]
+
+
+def test_a_run_that_cannot_fit_stops_before_its_first_step(config_of, fresh_policy, grader_of, monkeypatch):
+    monkeypatch.setattr(warmup, "free_bytes", lambda: 1000)
+    with pytest.raises(
+        MemoryShortageError, match=r"^update of 2 groups x \(96 \+ 4 x 8\) tokens: wanted .*got 0\.0 MiB"
+    ):
+        train_grpo(config_of(), fresh_policy(), grader_of())
+    assert (config_of().run.dir / "metrics.jsonl").read_text("utf-8") == ""
