@@ -3,6 +3,7 @@
 measures.py     (sum, weight) pairs: added over steps, divided once
 jsonl.py        metrics.jsonl and rollouts.jsonl, cut back on resume
 phases.py       seconds by phase
+memory.py       peaks of memory, host and device
 console.py      progress and metrics on the terminal
 results.py      the table at the end
 trackers.py     the same metrics for TensorBoard, W&B, trackio, MLflow
