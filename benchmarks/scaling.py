@@ -14,8 +14,9 @@ import pathlib
 import sys
 from typing import Any
 
-from kardia_jax.bench.report import table
 from versus import last_json
+
+from kardia_jax.bench.layout import table
 
 AXES = {"group": "completions per prompt", "prompt_len": "prompt tokens", "new_tokens": "completion tokens"}
 

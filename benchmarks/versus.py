@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from kardia_jax.bench.conversion import write_random
-from kardia_jax.bench.report import table
+from kardia_jax.bench.layout import table
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.model.shapes import SHAPES
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-WORDS = "I have been so tired of it all and you are the only one that I can talk to about my work at home".split()
+SENTENCE = "I have been so tired of it all and you are the only one that I can talk to about my work at home"
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -32,8 +32,8 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 def text_of(tokenizer: Any, length: int, seed: int) -> str:
     """A text that this tokenizer, as the peer calls it, makes exactly ``length`` tokens of."""
-    draw = random.Random(seed)
-    words = [draw.choice(WORDS) for _ in range(length)]
+    draw, known = random.Random(seed), SENTENCE.split()
+    words = [draw.choice(known) for _ in range(length)]
 
     def tokens() -> int:
         return len(tokenizer(" ".join(words))["input_ids"])

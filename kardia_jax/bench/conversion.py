@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kardia_jax.bench.report import machine, table
+from kardia_jax.bench.layout import machine, table
 from kardia_jax.config import ImportBenchConfig
 from kardia_jax.hf.convert import convert
 from kardia_jax.hf.read import load_arrays, load_params

@@ -9,16 +9,13 @@ the MFU that such a system would need to be as fast.
 """
 
 import dataclasses
-import os
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 from typing import Any, Literal
 
-import jax
-
 from kardia_jax.bench import work
 from kardia_jax.bench.ceilings import Ceilings
+from kardia_jax.bench.layout import machine, table
 from kardia_jax.bench.measure import Records
 from kardia_jax.bench.work import Work
 from kardia_jax.bench.workload import compute_of, lengths_of
@@ -96,17 +93,6 @@ def _rates(todo: Work, seconds: float, ceilings: Ceilings) -> dict[str, float]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """Where it was measured."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
 def text(found: Mapping[str, Any]) -> str:
     """The same for people."""
     on, ceilings, phases = found["machine"], found["ceilings"], found["phases"]
@@ -146,15 +132,3 @@ def text(found: Mapping[str, Any]) -> str:
             f"peak memory: host {found['peak_rss_gb']:.2f} GB ({peaks}), device {device}",
         ]
     )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: names to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "| " + " | ".join([row[0].ljust(widths[0]), *cells[1:]]) + " |"
-
-    rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
-    return "\n".join([line(header), rule, *map(line, rows)])
