@@ -4,7 +4,7 @@
 #     bash benchmarks/gpu.sh [OUT]
 #
 # Needs Python with jax for this GPU, flax, optax, orbax-checkpoint, transformers, safetensors, jinja2, jaxtyping, rich
-# and tyro; what is missing is installed into OUT/site if an index can be reached. Parity needs pytest, the comparison
+# and tyro; what is missing is installed for the run if an index can be reached. Parity needs pytest, the comparison
 # needs torch with trl, accelerate and datasets: both are left out, and said to be, where those are not there.
 #
 # In OUT (default runs/gpu): NAME.json (its last line is the result), NAME.log (messages), summary.txt.
@@ -19,11 +19,13 @@ budget="${BUDGET:-580}"
 
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
 cd "$root" || exit 1
-export PYTHONPATH="$root:$out/site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root:$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TRANSFORMERS_NO_ADVISORY_WARNINGS=1 TOKENIZERS_PARALLELISM=false
 # The step compiles again what sampling and the update have compiled; its compile seconds are then those of a cache.
-export JAX_COMPILATION_CACHE_DIR="$out/cache"
+export JAX_COMPILATION_CACHE_DIR="$work/cache"
 
 # item NAME SECONDS COMMAND...: runs it within its own limit and what is left of the budget.
 item() {
@@ -46,7 +48,7 @@ has() { "$1" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is
 for package in flax optax orbax-checkpoint transformers safetensors jinja2 jaxtyping rich tyro; do
   module="${package/orbax-checkpoint/orbax}"
   has "$python" "$module" && continue
-  timeout 60 "$python" -m pip install --quiet --no-deps --target "$out/site" "$package" >>"$out/install.log" 2>&1 ||
+  timeout 60 "$python" -m pip install --quiet --no-deps --target "$work/site" "$package" >>"$out/install.log" 2>&1 ||
     echo "$package: missing, and not installed"
 done
 
@@ -71,7 +73,7 @@ item update-1.5b 120 "$python" -m kardia_jax bench update "${large[@]}" --micro-
 item step-1.5b 150 "$python" -m kardia_jax bench step "${large[@]}" --micro-batches 4 --steps 2 --json
 
 if has "$peer" trl accelerate datasets; then
-  item trl-0.5b 180 "$python" benchmarks/vs_trl.py --python "$peer" --models "$out/models" "${small[@]}" --prompts 4 \
+  item trl-0.5b 180 "$python" benchmarks/vs_trl.py --python "$peer" --models "$work/models" "${small[@]}" --prompts 4 \
     --steps 2 --json
 else
   echo "trl-0.5b: left out, trl, accelerate and datasets are not there"
