@@ -8,7 +8,7 @@
 # needs torch with trl, accelerate and datasets: both are left out, and said to be, where those are not there.
 #
 # In OUT (default runs/gpu): NAME.json (its last line is the result), NAME.log (messages), summary.txt.
-# PYTHON names the interpreter, PEER_PYTHON the one that has TRL, BUDGET the seconds in all.
+# PYTHON names the interpreter, PEER_PYTHON the one that has TRL, BUDGET the seconds in all, SMALL and LARGE other models.
 set -uo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -63,9 +63,9 @@ else
   echo "parity: left out, pytest and hypothesis are not there"
 fi
 
-small=(--model qwen2.5-0.5b --dtype bfloat16)
+small=(--model "${SMALL:-qwen2.5-0.5b}" --dtype bfloat16)
 # 128 rows in decoding; 16 groups of 8 with 1,024 + 256 tokens in the update.
-large=(--model qwen2.5-1.5b --dtype bfloat16 --prompts 16 --group 8 --prompt-len 1024 --new-tokens 256)
+large=(--model "${LARGE:-qwen2.5-1.5b}" --dtype bfloat16 --prompts 16 --group 8 --prompt-len 1024 --new-tokens 256)
 
 item sample-0.5b 90 "$python" -m kardia_jax bench sample "${small[@]}" --prompts 8 --json
 item sample-1.5b 120 "$python" -m kardia_jax bench sample "${large[@]}" --json

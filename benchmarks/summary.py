@@ -2,7 +2,7 @@
 
     python benchmarks/summary.py OUT
 
-OUT holds NAME.json per item, whose last line is one JSON object. A target is met, missed, or not measured.
+OUT holds NAME.json per benchmark, whose last line is one JSON object. A target is met, missed, or not measured.
 """
 
 import json
@@ -31,14 +31,14 @@ TARGETS = (
 
 
 def read(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The last line of every file that ends in a JSON object; the others (stopped, failed) are left out."""
+    """The last line of every file that ends in a JSON object; what the others (tests, failures) end in is printed."""
     found = {}
     for file in sorted(folder.glob("*.json")):
         lines = file.read_text().splitlines()
         try:
             found[file.stem] = json.loads(lines[-1])
         except (IndexError, json.JSONDecodeError):
-            print(f"{file}: no result; see {file.with_suffix('.log')}")
+            print(f"{file.stem}: {lines[-1] if lines else f'no result, see {file.stem}.log'}")
     return found
 
 
