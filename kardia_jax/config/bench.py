@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kardia_jax.config.errors import require
+from kardia_jax.config.objective import LossConfig
+from kardia_jax.config.tree import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class BenchConfig:
     """Tokens of every prompt (S), padded as in training."""
     new_tokens: int = 128
     """Tokens of every completion (T); none ends earlier."""
-    beta: float = 0.04
+    beta: float = LossConfig.beta
     """Weight of the KL; above 0 a copy of the model is the reference and scores the completions. Unused by sample."""
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"
     """Compute type; auto is bfloat16 on accelerators and float32 on CPU. Masters are float32; sample needs none and
@@ -30,11 +32,11 @@ class BenchConfig:
     """Measured repetitions, after one that compiles; medians are reported."""
     micro_batches: int = 1
     """Slices of the batch whose gradients are added before the update."""
-    remat: Literal["none", "block", "dots"] = "block"
+    remat: Literal["none", "block", "dots"] = ModelConfig.remat
     """See model.remat."""
-    head_chunk: int = 1024
+    head_chunk: int = ModelConfig.head_chunk
     """See model.head_chunk."""
-    unroll: int = 1
+    unroll: int = ModelConfig.unroll
     """See model.unroll."""
     seed: int = 0
     """Of parameters, prompts, draws and advantages."""

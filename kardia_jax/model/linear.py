@@ -67,7 +67,9 @@ def _contract_backward(inputs: int, saved: tuple[Array, Array], dy: Array) -> tu
 contract.defvjp(_contract_forward, _contract_backward)
 
 
-def _product(a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike | None = None) -> Array:
+def _product(
+    a: Array, b: Array, axes: tuple[tuple[int, ...], tuple[int, ...]], dtype: DTypeLike | None = None
+) -> Array:
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
 
 
