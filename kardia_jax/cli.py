@@ -5,6 +5,7 @@
     kardia import Qwen/Qwen2.5-0.5B-Instruct models/qwen --dtype bfloat16
     kardia export runs/a out/a --dtype bfloat16
     kardia verify models/qwen --against transformers
+    kardia bench step --model qwen2.5-0.5b --group 16
 
 A config file is Python with ``get_config() -> Config``; what follows overrides its fields. Errors that a person can
 mend are one message on stderr and exit code 2 (1 for a run that stopped, or checkpoints that differ);
@@ -23,7 +24,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kardia_jax.config import Config, ConfigError
+from kardia_jax.config import BenchConfig, Config, ConfigError, ImportBenchConfig
 
 USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
 
@@ -35,6 +36,7 @@ USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
   export   SOURCE TARGET: a run's newest checkpoint, or a model directory, as a Hugging Face directory
   verify   A B: are two checkpoints the same model?  A --against transformers: does ours compute what theirs does?
   doctor   what this machine and this installation can do
+  bench    step, sample, update or import: seconds by phase, memory, and how near the machine's ceilings that is
 
   kardia VERB --help lists every field with its default. CONFIG.py is a Python file with get_config()."""
 
@@ -291,6 +293,31 @@ def _doctor(arguments: list[str]) -> None:
     diagnose()
 
 
+def _bench(arguments: list[str]) -> None:
+    kinds = ("step", "sample", "update", "import")
+    kind, rest = (arguments[0], arguments[1:]) if arguments else (None, [])
+    if kind in ("-h", "--help"):
+        print(f"usage: kardia bench {{{','.join(kinds)}}} [--field value ...]; kardia bench step --help lists fields")
+        return
+    if kind not in kinds:
+        raise ConfigError("bench", f"one of {', '.join(kinds)}", kind)
+    if kind == "import":
+        args = tyro.cli(ImportBenchConfig, prog="kardia bench import", args=rest)
+        from kardia_jax.bench import conversion
+
+        found = conversion.run_import(args)
+        shown = conversion.text(found)
+    else:
+        args = tyro.cli(BenchConfig, prog=f"kardia bench {kind}", args=rest)
+        from kardia_jax.bench import report, run
+
+        found = run.run_bench(kind, args)
+        shown = report.text(found)
+    if not args.json:
+        print(shown + "\n")
+    print(json.dumps(found))
+
+
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": _demo,
     "sft": _sft,
@@ -300,4 +327,5 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "export": _export,
     "verify": _verify,
     "doctor": _doctor,
+    "bench": _bench,
 }

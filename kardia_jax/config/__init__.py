@@ -1,5 +1,6 @@
 """Everything a run can be told; see ``tree``."""
 
+from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
 from kardia_jax.config.lora import FULL, LoraConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
@@ -23,11 +24,13 @@ from kardia_jax.config.tree import (
 __all__ = [
     "FULL",
     "AdvantageConfig",
+    "BenchConfig",
     "Config",
     "ConfigError",
     "DataConfig",
     "EvalConfig",
     "GrpoConfig",
+    "ImportBenchConfig",
     "JudgeConfig",
     "LoraConfig",
     "LossConfig",

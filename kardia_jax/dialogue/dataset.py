@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow
-import pyarrow.parquet
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from kardia_jax.config import DataConfig
@@ -267,7 +265,7 @@ def _file_rows(path: Path) -> Iterator[_Raw]:
         raise DataError(f"data.source: wanted a .jsonl or .parquet file, got {str(path)!r}. Convert it first.")
     try:
         yield from _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
-    except (OSError, pyarrow.ArrowException) as error:
+    except OSError as error:
         raise DataError(f"data.source: cannot read {path}: {error}.") from error
 
 
@@ -281,12 +279,18 @@ def _jsonl_rows(path: Path) -> Iterator[_Raw]:
 
 def _parquet_rows(path: Path) -> Iterator[_Raw]:
     """Rows counted from 1, read a thousand at a time."""
+    # Imported here because only this kind of file needs it.
+    import pyarrow.parquet
+
     number = 0
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path.name}:{number}", row
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name}:{number}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"data.source: cannot read {path}: {error}.") from error
 
 
 def _hub_rows(source: str, split: Split) -> Iterator[_Raw]:

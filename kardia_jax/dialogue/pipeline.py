@@ -20,9 +20,10 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import grain
+if TYPE_CHECKING:  # grain takes a second to import; whoever only pads to buckets needs none
+    import grain
 
 Item = TypeVar("Item")
 
@@ -36,7 +37,7 @@ class Batches(Generic[Item]):
     """Items in one step over all shards."""
     shard: int
     shards: int
-    order: grain.MapDataset[int]
+    order: "grain.MapDataset[int]"
     """Index of the n-th item ever drawn."""
     seed: int
     length: Callable[[Item], Any] | None
@@ -105,6 +106,8 @@ def batches(
         raise ValueError(f"shard: wanted 0 to {shards - 1}, got {shard}.")
     if window < 1:
         raise ValueError(f"window: wanted at least 1, got {window}.")
+    import grain
+
     order = grain.MapDataset.range(len(items)).seed(seed).shuffle().repeat()
     return Batches(items, batch, shard, shards, order, seed, length, window)
 

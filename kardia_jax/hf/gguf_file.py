@@ -14,13 +14,14 @@ import functools
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize
 
 from kardia_jax.hf.tables import HfError
+
+if TYPE_CHECKING:  # only whoever opens such a file needs the package
+    from gguf import GGMLQuantizationType
 
 MAGIC = b"GGUF"
 SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -40,7 +41,7 @@ class Stored(NamedTuple):
 
     name: str
     file: pathlib.Path
-    type: GGMLQuantizationType
+    type: "GGMLQuantizationType"
     shape: tuple[int, ...]
     data: np.ndarray
 
@@ -77,6 +78,8 @@ def dequantised(tensor: Stored) -> np.ndarray:
 
     Raises HfError for a type that is not one of ``TYPES``.
     """
+    from gguf.quants import dequantize
+
     require_types([tensor])
     out = np.empty(tensor.shape, np.float32)
     rows, flat = tensor.data.reshape(-1, tensor.data.shape[-1]), out.reshape(-1, out.shape[-1])
@@ -114,6 +117,8 @@ def _read(files: tuple[pathlib.Path, ...], stamps: tuple[tuple[int, int], ...]) 
 
 
 def _one(file: pathlib.Path) -> Contents:
+    from gguf import GGUFReader
+
     with file.open("rb") as stream:
         magic = stream.read(len(MAGIC))
     if magic != MAGIC:

@@ -60,6 +60,7 @@ def test_a_verbs_help_lists_every_field_with_its_default(verb, capsys):
         ("export", ("SOURCE", "TARGET", "--dtype {keep,float32,bfloat16,float16}", "--max-shard-size", "--push")),
         ("verify", (" A ", " B", "--against {directory,transformers}", "--json", "--tolerance", "(default: 64)")),
         ("doctor", ("no arguments",)),
+        ("bench", ("{step,sample,update,import}",)),
     ],
 )
 def test_the_other_verbs_have_help_too(verb, pieces, capsys):

@@ -1,13 +1,12 @@
 """Seconds per GB and extra host memory of conversion, on a synthetic checkpoint of a built-in shape.
 
-    python benchmarks/conversion.py --shape qwen2.5-3b --folder /tmp/conversion
+    kardia bench import --model qwen2.5-3b
 
 Random bfloat16 values are written as a checkpoint (6.2 GB for qwen2.5-3b; twice that is needed on disk); then each way
 of the table runs in a process of its own, and the files are removed. Extra memory is the peak of resident memory less
-the parameters, where the way holds parameters: interpreter, libraries and every buffer count. One JSON line per way.
+the parameters, where the way holds parameters: interpreter, libraries and every buffer count.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -17,18 +16,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kardia_jax.bench.layout import machine, table
+from kardia_jax.config import ImportBenchConfig
 from kardia_jax.hf.convert import convert
 from kardia_jax.hf.read import load_arrays, load_params
 from kardia_jax.hf.tables import entries, hf_shape, sizes
 from kardia_jax.hf.write import published, tensors, write_json, write_weights
 from kardia_jax.model.shapes import named_shape
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.observe.memory import peak_rss
 
 # bfloat16: sign and mantissa are random, the exponent is 120: values from 2^-7 to 2^-6, as weights are.
 RANDOM_BITS, EXPONENT = 0x807F, 120 << 7
@@ -43,8 +46,8 @@ def random_tensors(spec: ModelSpec, names: list[str]) -> Iterator[tuple[str, np.
         yield name, ((bits & RANDOM_BITS) | EXPONENT).view(jnp.bfloat16).reshape(shape)
 
 
-def make(spec: ModelSpec, source: pathlib.Path) -> None:
-    """The checkpoint, in shards of 5 GB."""
+def write_random(spec: ModelSpec, source: pathlib.Path) -> None:
+    """A checkpoint of finite random values, in shards of 5 GB."""
     with published(source, spec, "bfloat16", overwrite=True) as partial:
         write_weights(partial, functools.partial(random_tensors, spec), spec, "bfloat16")
         write_json(partial / "config.json", spec.to_hf() | {"dtype": "bfloat16"})
@@ -81,46 +84,72 @@ def export_from_host(spec: ModelSpec, source: pathlib.Path, target: pathlib.Path
 
 
 WAYS = {
-    "import, files to files": import_directory,
-    "load into host arrays": load_on_host,
-    "load into JAX arrays": load_on_device,
-    "export from host arrays": export_from_host,
+    "import": import_directory,
+    "load_host": load_on_host,
+    "load_device": load_on_device,
+    "export": export_from_host,
 }
 
 
-def peak_bytes() -> int:
-    """Most resident memory that this process has had. Source: proc(5), VmHWM."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+def run_import(config: ImportBenchConfig) -> dict[str, Any]:
+    """All ways, one after the other; raises SpecError for a shape that is not there."""
+    spec = named_shape(config.model)
+    folder = config.folder
+    try:
+        write_random(spec, folder / "source")
+        ways = {}
+        for way in WAYS:
+            ways[way] = _in_a_process(way, config)
+            shutil.rmtree(folder / "target", ignore_errors=True)
+    finally:
+        for name in ("source", "target"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return {
+        "benchmark": "import",
+        "model": config.model,
+        "parameters": spec.parameter_count,
+        "gb": _gigabytes(spec),
+        "machine": machine(),
+        "step_seconds": ways["import"]["seconds"],
+        "seconds": {way: numbers["seconds"] for way, numbers in ways.items()},
+        "peak_rss_gb": max(numbers["peak_rss_gb"] for numbers in ways.values()),
+        "ways": ways,
+    }
 
 
-def measure(way: str, shape: str, folder: pathlib.Path) -> None:
-    """Runs one way and prints its line."""
+def text(found: Mapping[str, Any]) -> str:
+    """The same for people."""
+    rows = [
+        [way, *(f"{numbers[name]:.2f}" for name in ("seconds", "seconds_per_gb", "extra_gb", "peak_rss_gb"))]
+        for way, numbers in found["ways"].items()
+    ]
+    header = ["way", "seconds", "seconds per GB", "extra GB", "peak RSS GB"]
+    return f"{found['model']}, bfloat16, {found['gb']:.2f} GB\n\n{table(header, rows)}"
+
+
+def _gigabytes(spec: ModelSpec) -> float:
+    return 2 * spec.parameter_count / 1e9
+
+
+def _in_a_process(way: str, config: ImportBenchConfig) -> dict[str, float]:
+    """Peaks of memory belong to a process; conversion is work of the host, whatever devices there are."""
+    command = [sys.executable, "-m", __name__, way, config.model, str(config.folder)]
+    done = subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(way: str, shape: str, folder: pathlib.Path) -> dict[str, float]:
+    """One way, in this process."""
     spec = named_shape(shape)
     seconds, held = WAYS[way](spec, folder / "source", folder / "target")
-    size = 2 * spec.parameter_count
-    line = {"way": way, "gb": size / 1e9, "seconds": seconds, "seconds_per_gb": seconds / (size / 1e9)}
-    print(json.dumps(line | {"extra_gb": (peak_bytes() - held) / 1e9}))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen2.5-3b")
-    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("/tmp/kardia-conversion"))
-    parser.add_argument("--way", choices=WAYS, help="only this one, on files that stand there already")
-    args = parser.parse_args()
-    if args.way:
-        measure(args.way, args.shape, args.folder)
-        return
-    try:
-        make(named_shape(args.shape), args.folder / "source")
-        for way in WAYS:
-            command = [sys.executable, __file__, "--shape", args.shape, "--folder", str(args.folder), "--way", way]
-            subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-            shutil.rmtree(args.folder / "target", ignore_errors=True)
-    finally:
-        shutil.rmtree(args.folder, ignore_errors=True)
+    peak = peak_rss()
+    return {
+        "seconds": seconds,
+        "seconds_per_gb": seconds / _gigabytes(spec),
+        "extra_gb": (peak - held) / 1e9,
+        "peak_rss_gb": peak / 1e9,
+    }
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))))
