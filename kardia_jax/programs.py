@@ -119,10 +119,11 @@ def shape_of(batch: GroupBatch) -> str:
 
 
 def compute_for(config: ModelConfig) -> Compute:
-    """The compute settings of this machine: ``auto`` is float32 on CPU and bfloat16 elsewhere."""
-    native = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    """The compute settings of this machine: what the config leaves open is float32 and small slices on CPU, bfloat16
+    and large ones elsewhere."""
+    native, chunk = ("float32", 128) if jax.default_backend() == "cpu" else ("bfloat16", 1024)
     dtype = native if config.dtype == "auto" else config.dtype
-    return Compute(dtype, config.remat, config.head_chunk, config.unroll, config.attention)
+    return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention)
 
 
 @functools.cache

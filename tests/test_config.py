@@ -55,7 +55,7 @@ REFUSED = [
     (DataConfig, {"max_prompt_tokens": 7}, "data.max_prompt_tokens", "at least 8", "7"),
     (DataConfig, {"train_limit": 0}, "data.train_limit", "none or at least 1", "0"),
     (DataConfig, {"test_limit": 0}, "data.test_limit", "none or at least 1", "0"),
-    (ModelConfig, {"head_chunk": 0}, "model.head_chunk", "at least 1", "0"),
+    (ModelConfig, {"head_chunk": -1}, "model.head_chunk", "0 (chosen by platform) or more", "-1"),
     (SamplerConfig, {"temperature": -0.1}, "sampler.temperature", "0 (greedy) or more", "-0.1"),
     (SamplerConfig, {"temperature": float("nan")}, "sampler.temperature", "0 (greedy) or more", "nan"),
     (SamplerConfig, {"top_k": -1}, "sampler.top_k", "0 (off) or more", "-1"),

@@ -44,9 +44,10 @@ class BenchConfig:
     """Print the JSON line alone; it is the last line either way."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "group", "prompt_len", "steps", "head_chunk", "unroll"):
+        for name in ("prompts", "group", "prompt_len", "steps", "unroll"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.new_tokens >= 2, "new_tokens", "at least 2: the first comes from the prompt", self.new_tokens)
+        require(self.head_chunk >= 0, "head_chunk", "0 (chosen by platform) or more", self.head_chunk)
         require(self.beta >= 0, "beta", "0 (no reference) or more", self.beta)
         require(0 <= self.seed < 2**31, "seed", "an integer in [0, 2^31)", self.seed)
         divides = self.micro_batches >= 1 and self.prompts % self.micro_batches == 0

@@ -78,9 +78,14 @@ def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk, so
     def stats(piece):
         h, token, _ = piece
         z = _scaled(model_logits(h, low, softcap), temperature, sampled_tokens)
-        lse = jax.nn.logsumexp(z, -1)
-        logp, p = _distribution(z, lse)
-        return jnp.take_along_axis(logp, token[:, None], 1)[:, 0], -jnp.sum(p * logp, -1), lse
+        peak = z.max(-1, keepdims=True)
+        centred = jnp.maximum(z - peak, FLOOR)
+        weights = jnp.exp(centred)
+        total = weights.sum(-1)
+        chosen = jnp.take_along_axis(centred, token[:, None], 1)[:, 0]
+        # log p = centred - log total: one exponential gives the norm and the entropy.
+        entropy = jnp.log(total) - (weights * centred).sum(-1) / total
+        return jnp.maximum(chosen - jnp.log(total), FLOOR), entropy, jnp.log(total) + peak[:, 0]
 
     def slice_stats(_, piece):
         return None, jax.lax.cond(piece[2].any(), stats, _nothing, piece)

@@ -50,13 +50,21 @@ def draw(logits: Float[Array, "N V"], keys: Key[Array, " N"], controls: Controls
     # The sort behind the filters costs more than the rest of the draw: skipped at run time when nothing filters.
     floor = jax.lax.cond(filtering & ~greedy, filter_floor, _no_floor, z, controls)
     kept = jnp.where(z >= floor[:, None], z, -jnp.inf)
-    peak = z.max(-1, keepdims=True)
     uniform = jax.vmap(jax.random.uniform)(keys)
-    sampled = inverse_cdf(jnp.exp(kept - peak), uniform)
-    token = jnp.where(greedy, z.argmax(-1), sampled)
+    # Finding the most likely token costs as much as the rest of the draw: only where it is asked for.
+    token = jax.lax.cond(greedy, _most_likely, _sampled, kept, uniform)
     chosen = jnp.take_along_axis(z, token[:, None], 1)[:, 0]
     sampler_logprob = jnp.where(greedy, 0.0, chosen - jax.nn.logsumexp(kept, -1))
     return Draw(token, sampler_logprob, chosen - jax.nn.logsumexp(z, -1))
+
+
+def _most_likely(kept: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
+    del uniform
+    return kept.argmax(-1)
+
+
+def _sampled(kept: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
+    return inverse_cdf(jnp.exp(kept - kept.max(-1, keepdims=True)), uniform)
 
 
 def filter_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
