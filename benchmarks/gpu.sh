@@ -57,7 +57,7 @@ command -v nvidia-smi >/dev/null && nvidia-smi >>"$out/device.txt"
 
 if has "$python" pytest hypothesis; then
   # Without the conftest, which asks for CPU; products of float32 in full precision, since tolerances are for those.
-  JAX_DEFAULT_MATMUL_PRECISION=highest item parity 90 "$python" -m pytest tests/model/test_attention.py \
+  JAX_DEFAULT_MATMUL_PRECISION=highest item parity 90 "$python" -m pytest tests/model/test_attention.py tests/model/test_backends.py \
     --noconftest --override-ini filterwarnings= -p no:cacheprovider
 else
   echo "parity: left out, pytest and hypothesis are not there"

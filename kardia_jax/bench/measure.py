@@ -31,6 +31,7 @@ from kardia_jax.grpo.losses import make_loss
 from kardia_jax.grpo.optimizer import make_optimizer
 from kardia_jax.grpo.update import grpo_objective, init_state
 from kardia_jax.keys import Purpose, row_keys
+from kardia_jax.model.decoding import Storage
 from kardia_jax.observe.measures import to_host
 from kardia_jax.observe.memory import peak_rss, reset_peak_rss
 from kardia_jax.programs import CompiledUpdate, make_compiled_update, make_generate, make_score
@@ -71,7 +72,7 @@ def measure_step(config: BenchConfig, model: Model) -> Records:
     """Phases ``rollout``, ``reference`` (with ``beta``) and ``update`` of whole steps."""
     records, grpo = Records(), grpo_of(config)
     compute, prompts = compute_of(config), random_prompts(model.spec, config)
-    generate, score = make_generate(model.spec, compute), make_score(model.spec, compute)
+    generate, score = _generate(config, model), make_score(model.spec, compute)
     reference = jax.tree.map(jnp.copy, model.params) if config.beta > 0 else None
     update, state = _learner(config, model)
     for repetition in range(1 + config.steps):
@@ -93,7 +94,7 @@ def measure_step(config: BenchConfig, model: Model) -> Records:
 def measure_sample(config: BenchConfig, model: Model) -> Records:
     """Phases ``prefill`` (completions of one token) and ``generate`` (all of it, prefill included)."""
     records, prompts = Records(), random_prompts(model.spec, config)
-    generate = make_generate(model.spec, compute_of(config))
+    generate = _generate(config, model)
     for repetition in range(1 + config.steps):
         keys = _keys(config, repetition)
         for name, new_tokens in (("prefill", 1), ("generate", config.new_tokens)):
@@ -135,6 +136,11 @@ def sample_groups(
     )
     assert (rollouts.lengths == new_tokens).all(), "a completion ended early"
     return Sampled(prompt_tokens, prompt_lengths, rollouts, [])
+
+
+def _generate(config: BenchConfig, model: Model) -> Generate:
+    storage = Storage(config.kv_dtype, config.weights_dtype)
+    return make_generate(model.spec, compute_of(config), storage, config.rows)
 
 
 def _keys(config: BenchConfig, repetition: int) -> Key[jax.Array, "P G"]:

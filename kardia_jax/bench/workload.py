@@ -49,9 +49,8 @@ def lengths_of(config: BenchConfig) -> Lengths:
 
 def compute_of(config: BenchConfig) -> Compute:
     """How the arithmetic is done, by the rule that training follows."""
-    return compute_for(
-        ModelConfig(dtype=config.dtype, remat=config.remat, head_chunk=config.head_chunk, unroll=config.unroll)
-    )
+    names = ("dtype", "remat", "head_chunk", "unroll", "attention")
+    return compute_for(ModelConfig(**{name: getattr(config, name) for name in names}))
 
 
 def grpo_of(config: BenchConfig) -> GrpoConfig:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from kardia_jax.config.errors import require
 from kardia_jax.config.objective import LossConfig
-from kardia_jax.config.tree import ModelConfig
+from kardia_jax.config.tree import ModelConfig, SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,14 @@ class BenchConfig:
     """See model.head_chunk."""
     unroll: int = ModelConfig.unroll
     """See model.unroll."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = ModelConfig.attention
+    """See model.attention."""
+    kv_dtype: Literal["compute", "bfloat16", "int8"] = SamplerConfig.kv_dtype
+    """See sampler.kv_dtype."""
+    weights_dtype: Literal["compute", "int8"] = SamplerConfig.weights_dtype
+    """See sampler.weights_dtype."""
+    rows: int = SamplerConfig.rows
+    """See sampler.rows."""
     seed: int = 0
     """Of parameters, prompts, draws and advantages."""
     json: bool = False
@@ -48,6 +56,7 @@ class BenchConfig:
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.new_tokens >= 2, "new_tokens", "at least 2: the first comes from the prompt", self.new_tokens)
         require(self.head_chunk >= 0, "head_chunk", "0 (chosen by platform) or more", self.head_chunk)
+        require(self.rows >= 0, "rows", "0 (all) or more", self.rows)
         require(self.beta >= 0, "beta", "0 (no reference) or more", self.beta)
         require(0 <= self.seed < 2**31, "seed", "an integer in [0, 2^31)", self.seed)
         divides = self.micro_batches >= 1 and self.prompts % self.micro_batches == 0
