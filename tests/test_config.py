@@ -34,10 +34,12 @@ from kardia_jax.dialogue.pipeline import length_buckets
 from kardia_jax.grpo.losses import make_loss
 from kardia_jax.grpo.optimizer import make_optimizer
 from kardia_jax.grpo.update import grpo_objective, init_state, sft_objective
+from kardia_jax.model.decoding import Storage
 from kardia_jax.model.policy import init
 from kardia_jax.model.shapes import SHAPES
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.programs import compute_for, make_compiled_update, make_generate
+from kardia_jax.rollout.sampler import Drawn
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.types import GroupBatch
 
@@ -63,6 +65,8 @@ REFUSED = [
     (SamplerConfig, {"top_p": 1.1}, "sampler.top_p", "(0, 1]", "1.1"),
     (SamplerConfig, {"min_p": 1.0}, "sampler.min_p", "[0, 1)", "1.0"),
     (SamplerConfig, {"max_new_tokens": 0}, "sampler.max_new_tokens", "at least 1", "0"),
+    (SamplerConfig, {"rows": -1}, "sampler.rows", "0 (all) or more", "-1"),
+    (GrpoConfig, {"group": 8, "sampler": SamplerConfig(rows=7)}, "grpo.sampler.rows", "at least grpo.group = 8", "7"),
     (RewardConfig, {"emotion": -1.0}, "rewards.emotion", "0 or more", "-1.0"),
     (RewardConfig, {"format": 0, "emotion": 0, "rubric": 0}, "rewards", "one weight above 0", "'rubric': 0"),
     (JudgeConfig, {"max_failure_share": 1.5}, "judge.max_failure_share", "a share in [0, 1]", "1.5"),
@@ -174,6 +178,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(kind, fields, name, wanted,
     [
         (LossConfig, {"name": "cispo", "importance": "sequence"}, "use name gspo"),
         (GrpoConfig, {"prompts": 4, "minibatches": 3}, "Pick a divisor of grpo.prompts"),
+        (GrpoConfig, {"group": 4, "sampler": SamplerConfig(rows=3)}, "A group is never split"),
         (GrpoConfig, {"sampler": SamplerConfig(temperature=0.0)}, "set grpo.sampler.temperature above 0"),
         (SftConfig, {"batch": 6, "micro_batches": 4}, "Pick a divisor of 6"),
     ],
@@ -249,7 +254,7 @@ OTHER = Config(
         minibatches=2,
         passes=3,
         micro_batches=3,
-        sampler=SamplerConfig(0.75, 50, 0.875, 0.0625, 33),
+        sampler=SamplerConfig(0.75, 50, 0.875, 0.0625, 33, 24, "int8", "int8"),
         advantage=AdvantageConfig("rloo", 1e-6, 0.01),
         loss=LossConfig(
             name="luspo",
@@ -277,7 +282,7 @@ OTHER = Config(
         ),
         optimizer=OTHER_OPTIMIZER,
     ),
-    eval=EvalConfig(SamplerConfig(0.25, 5, 0.5, 0.25, 44), 3, 2, "last"),
+    eval=EvalConfig(SamplerConfig(0.25, 5, 0.5, 0.25, 44, 7, "bfloat16", "int8"), 3, 2, "last"),
 )
 # One choice only, a switch that needs a model without adapter, a switch that belongs to one preset, an adapter's
 # directory, which names its own rank, and what stands instead of equal micro-batches.
@@ -359,6 +364,23 @@ def abstract(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def abstract_sampling(config: Config, spec: ModelSpec, params: Any) -> Drawn:
+    """All prompts of a step seated and decoded; the state keeps its shapes."""
+    sampler, rows = config.grpo.sampler, (config.grpo.prompts, config.grpo.group)
+    storage = Storage(sampler.kv_dtype, sampler.weights_dtype)
+    device = make_generate(spec, compute_for(config.model), storage, sampler.rows).args[0]
+    keys, number = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), abstract(())
+    size, lengths = length_buckets(config.data.max_prompt_tokens), abstract(rows[:1])
+    empty = functools.partial(device.empty, size=size, columns=64, budget=sampler.max_new_tokens)
+    state, weights = jax.eval_shape(empty, keys, number), jax.eval_shape(device.weights, params)
+    prompt = abstract((rows[0], size))
+    seated = jax.eval_shape(device.admit, params, state, prompt, lengths, keys, lengths, number)
+    controls = Controls.from_config(sampler)
+    after = jax.eval_shape(device.decode, weights, seated, controls, abstract((3,)), number, number, number)
+    assert same_shapes(after, state)
+    return after.drawn
+
+
 def abstract_batch(config: Config, prompts: int, group: int, tokens: int) -> GroupBatch:
     """A batch with everything that the loss of this config reads."""
     grpo, rows = config.grpo, (prompts, group)
@@ -392,12 +414,8 @@ def test_a_shipped_config_samples_updates_and_warm_starts_in_the_abstract(path):
     spec, compute = spec_of(config.model.source), compute_for(config.model)
     params = jax.eval_shape(functools.partial(init, spec), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == spec.parameter_count
-    prompt = abstract((grpo.prompts, length_buckets(config.data.max_prompt_tokens)))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (grpo.prompts, grpo.group)))
-    generate = functools.partial(make_generate(spec, compute), max_new_tokens=tokens)
-    lengths, controls, stop_ids, pad_id = abstract((grpo.prompts,)), Controls.from_config(grpo.sampler), (3,), ()
-    rollouts = jax.eval_shape(generate, params, prompt, lengths, keys, controls, abstract(stop_ids), abstract(pad_id))
-    assert rollouts.tokens.shape == (grpo.prompts, grpo.group, tokens)
+    drawn = abstract_sampling(config, spec, params)
+    assert drawn.tokens.shape == drawn.sampler_logprobs.shape == (grpo.prompts, grpo.group, tokens)
 
     objective = grpo_objective(make_loss(grpo.loss, tokens))
     optimizer = make_optimizer(grpo.optimizer, 10)

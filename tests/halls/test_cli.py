@@ -88,7 +88,7 @@ def test_the_package_is_a_program():
         (
             ("frob",),
             (
-                "verb: wanted one of demo, sft, grpo, eval, import, export, verify, doctor, got 'frob'",
+                "verb: wanted one of demo, sft, grpo, eval, import, export, verify, doctor, bench, got 'frob'",
                 "kardia VERB --help",
             ),
         ),

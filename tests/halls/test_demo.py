@@ -96,7 +96,7 @@ def test_transformers_says_what_our_sampler_says(demo, nano_policy):
     # A model that was hardly trained may like a padding row of its table best; our sampler never draws one.
     padding = list(range(policy.spec.sampled_tokens, policy.spec.vocab_size))
     how = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": padding}
-    for prompt, tokens, length in zip(prompts, ours.rollouts.tokens[:, 0], ours.lengths_P_G[:, 0], strict=True):
+    for prompt, tokens, length in zip(prompts, ours.rollouts.tokens[:, 0], ours.rollouts.lengths[:, 0], strict=True):
         with torch.no_grad():
             said = model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
         # transformers goes on where our sampler has met the end tag.

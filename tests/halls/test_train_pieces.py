@@ -26,15 +26,14 @@ NAN = math.nan
 
 def sampled_by_hand() -> Sampled:
     """Two prompts, two completions of at most three tokens; the last completion ran out of tokens."""
-    lengths = np.array([[1, 2], [3, 3]])
     rollouts = Rollouts(
-        tokens=jnp.arange(12).reshape(2, 2, 3),
-        lengths=jnp.asarray(lengths),
-        sampler_logprobs=jnp.full((2, 2, 3), -1.0),
-        tempered_logprobs=jnp.full((2, 2, 3), -2.0),
-        stopped=jnp.array([[True, True], [True, False]]),
+        tokens=np.arange(12).reshape(2, 2, 3),
+        lengths=np.array([[1, 2], [3, 3]]),
+        sampler_logprobs=np.full((2, 2, 3), -1.0, np.float32),
+        tempered_logprobs=np.full((2, 2, 3), -2.0, np.float32),
+        stopped=np.array([[True, True], [True, False]]),
     )
-    return Sampled(np.array([[5, 6, 7], [8, 9, 0]]), np.array([3, 2]), rollouts, lengths, [["a", "b"], ["c", "d"]])
+    return Sampled(np.array([[5, 6, 7], [8, 9, 0]]), np.array([3, 2]), rollouts, [["a", "b"], ["c", "d"]])
 
 
 def graded_by_hand(rewards: list[list[float]]) -> Graded:

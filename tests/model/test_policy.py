@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kardia_jax.model import policy
-from kardia_jax.model.head import model_logits
-from kardia_jax.model.policy import Compute, LayerCache
+from kardia_jax.model.policy import Compute
 from kardia_jax.model.shapes import SHAPES, named_shape
 from kardia_jax.model.spec import ModelSpec, RopeSpec
 
@@ -118,27 +117,6 @@ def test_padding_changes_nothing(extra, filler):
     completion = jnp.pad(completion, ((0, 0), (0, 0), (0, extra)), constant_values=filler)
     padded, _ = run(params, prompt, lengths, completion, jnp.ones(completion.shape, bool), jnp.float32(1))
     np.testing.assert_allclose(padded[..., : short.shape[2]], short, atol=GROUP_TOLERANCE)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text"])
-def test_prefill_and_decode_walk_through_the_plain_logits(family):
-    spec = SPECS[family]
-    params, (prompt, rows, completion) = params_of(spec), batch(spec, lengths=((9, 9, 9), (4, 4, 4)))
-    prompts, group, length = completion.shape
-    lengths = rows[:, 0]
-    hidden, k, v = policy.prefill(spec, COMPUTE, params, prompt, lengths)
-    own = jnp.zeros((prompts, group, spec.kv_heads, length, spec.head_dim))
-    caches = [LayerCache(k[i], v[i], own, own) for i in range(spec.layers)]
-    step = jax.jit(functools.partial(policy.decode_step, spec, COMPUTE))
-    layers = policy.layer_slices(spec, params, "float32")
-    lines = [jnp.concatenate([prompt[p, : int(lengths[p])], completion[p, 1]])[None] for p in range(prompts)]
-    plain = [plain_logits(spec, params, line)[0] for line in lines]
-    hidden = jnp.broadcast_to(hidden[:, None], (prompts, group, spec.width))
-    for t in range(length):
-        z = model_logits(hidden[:, 1], policy.head_table(params), spec.final_softcap)
-        for p in range(prompts):
-            np.testing.assert_allclose(z[p], plain[p][int(lengths[p]) - 1 + t], atol=GROUP_TOLERANCE)
-        hidden, caches = step(params, layers, caches, rows, completion[:, :, t], jnp.int32(t))
 
 
 def test_padded_vocabulary_rows_take_no_probability():

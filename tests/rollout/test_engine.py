@@ -17,8 +17,9 @@ from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.policy import Compute, init
 from kardia_jax.model.shapes import SHAPES
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.observe.compilations import CompilationCounter
 from kardia_jax.policies import Policy, load_tokenizer
-from kardia_jax.rollout.engine import SHORTEST, Sampler, pad_rows, sample
+from kardia_jax.rollout.engine import SHORTEST, Sampled, Sampler, pad_rows, sample
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.types import Rollouts
 
@@ -34,7 +35,8 @@ def sampler_with(generate) -> Sampler:
 
 
 class Canned:
-    """Stands in for the compiled sampler: remembers what it was handed and answers with fixed completions."""
+    """Stands in for the compiled sampler: remembers what it was handed and answers with fixed completions, which end
+    in the order of their lengths."""
 
     def __init__(self, completions: list[list[list[int]]], budget: int, filler: int = PAD):
         self.lengths = np.array([[len(ids) for ids in group] for group in completions], np.int32)
@@ -43,11 +45,12 @@ class Canned:
             ids = completions[place[0]][place[1]]
             self.tokens[place][: len(ids)] = ids
 
-    def __call__(self, params, tokens, lengths, keys, controls, stop_ids, pad_id, max_new_tokens) -> Rollouts:
+    def __call__(self, params, tokens, lengths, keys, controls, stop_ids, pad_id, max_new_tokens, finished) -> Rollouts:
         self.handed: dict[str, Any] = locals()
-        logprobs = jnp.arange(self.tokens.size, dtype=jnp.float32).reshape(self.tokens.shape)
-        stopped = jnp.ones(self.lengths.shape, bool)
-        return Rollouts(jnp.asarray(self.tokens), jnp.asarray(self.lengths), -logprobs, -2 * logprobs, stopped)
+        for place in sorted(np.ndindex(self.lengths.shape), key=lambda place: self.lengths[place]):
+            finished(*place, self.tokens[place][: self.lengths[place]])
+        logprobs = np.arange(self.tokens.size, dtype=np.float32).reshape(self.tokens.shape)
+        return Rollouts(self.tokens, self.lengths, -logprobs, -2 * logprobs, np.ones(self.lengths.shape, bool))
 
 
 def row_keys_for(prompts: int, group: int):
@@ -115,6 +118,15 @@ def test_what_lies_behind_a_completion_is_never_read():
     assert texts_of([[ids_of("Yes."), ids_of("No, not at all.")]], noise) == [["Yes.", "No, not at all."]]
 
 
+def test_each_text_is_handed_on_as_it_ends():
+    canned, heard = Canned([[ids_of("Not at all."), [IM_END]], [ids_of("Yes."), ids_of(REPLY)]], 64), []
+    out = sample(
+        sampler_with(canned), {}, [[1], [2]], row_keys_for(2, 2), CONTROLS, 64, lambda *told: heard.append(told)
+    )
+    assert heard == [(0, 1, ""), (1, 0, "Yes."), (0, 0, "Not at all."), (1, 1, REPLY)]
+    assert out.texts_P_G == [["Not at all.", ""], ["Yes.", REPLY]]
+
+
 # ---- one call of the sampler ----
 
 
@@ -127,7 +139,7 @@ def test_the_sampler_is_handed_padded_prompts_and_everything_else_as_it_came():
     assert handed["tokens"][1].tolist() == [4, 5] + [PAD] * 22
     assert handed["lengths"].tolist() == [17, 2]
     assert (handed["params"], handed["keys"], handed["controls"]) == (params, keys, CONTROLS)
-    assert handed["stop_ids"].tolist() == list(POLICY.stop_ids)
+    assert handed["stop_ids"] == POLICY.stop_ids
     assert (handed["pad_id"], handed["max_new_tokens"]) == (PAD, 20)
     np.testing.assert_array_equal(out.prompt_tokens, handed["tokens"])
     np.testing.assert_array_equal(out.prompt_lengths, handed["lengths"])
@@ -137,32 +149,28 @@ def test_the_sampler_is_handed_padded_prompts_and_everything_else_as_it_came():
 def test_rollouts_are_cut_to_the_bucket_of_the_longest_completion(longest, budget, kept):
     canned = Canned([[[9] * longest, [8]]], budget)
     out = sample(sampler_with(canned), {}, [[1]], row_keys_for(1, 2), CONTROLS, max_new_tokens=budget)
-    assert out.lengths_P_G.tolist() == out.rollouts.lengths.tolist() == [[longest, 1]]
+    assert out.rollouts.lengths.tolist() == [[longest, 1]]
     np.testing.assert_array_equal(out.rollouts.tokens, canned.tokens[..., :kept])
     places = np.arange(2 * budget).reshape(1, 2, budget)[..., :kept]
     np.testing.assert_array_equal(out.rollouts.sampler_logprobs, -places)
     np.testing.assert_array_equal(out.rollouts.tempered_logprobs, -2 * places)
 
 
-def test_the_compiled_sampler_is_traced_once_per_bucket(monkeypatch):
-    traces = []
-
-    def counted(*arguments, **budget):
-        traces.append(1)
-        return original(*arguments, **budget)
-
-    original = programs.generate
-    monkeypatch.setattr(programs, "generate", counted)
+def test_prompts_of_one_bucket_compile_once_and_texts_are_the_tokens():
     spec = ModelSpec("qwen3", 3200, 8, 8, 1, 2, 1, 4, max_positions=64, token_count=len(TOKENIZER))
     shapes = jax.eval_shape(functools.partial(init, spec), jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), shapes)
     sampler = sampler_with(programs.make_generate(spec, Compute(remat="none")))
-    outs = [
-        sample(sampler, params, [[1] * n, [2] * m], row_keys_for(2, 2), CONTROLS, max_new_tokens=4)
-        for n, m in ((3, 16), (9, 1), (16, 16))
-    ]
-    assert len(traces) == 1
+
+    def sampled(n: int, m: int) -> Sampled:
+        return sample(sampler, params, [[1] * n, [2] * m], row_keys_for(2, 2), CONTROLS, max_new_tokens=4)
+
+    with CompilationCounter() as compilations:
+        outs = [sampled(3, 16)]
+        assert compilations.take().count > 0
+        outs += [sampled(9, 1), sampled(16, 16)]
+        assert compilations.take().count == 0
     for out in outs:
-        rows = zip(np.asarray(out.rollouts.tokens).reshape(4, -1), out.lengths_P_G.ravel(), strict=True)
+        rows = zip(out.rollouts.tokens.reshape(4, -1), out.rollouts.lengths.ravel(), strict=True)
         wanted = [TOKENIZER.decode(row[: n - 1] if row[n - 1] in (IM_END, PAD) else row[:n]) for row, n in rows]
         assert [text for group in out.texts_P_G for text in group] == wanted
