@@ -1,4 +1,4 @@
-"""The three compiled programs - generate, score, update - made here and nowhere else.
+"""The compiled programs - those of sampling, score, update - made here and nowhere else.
 
 Everything under them is a plain function; this is the only place of the training path that says ``jax.jit``. Shapes
 that vary (prompt and completion length) are padded to few sizes by the callers, temperatures and filters are arrays,

@@ -112,30 +112,27 @@ def causal_attention(
 
 def group_attention(
     q: Float[Array, "P G H T E"],
-    k: Float[Array, "P G K N E"],
-    v: Float[Array, "P G K N E"],
+    k: Float[Array, "P G K T E"],
+    v: Float[Array, "P G K T E"],
     prompt_k: Float[Array, "P K S E"],
     prompt_v: Float[Array, "P K S E"],
     prompt_lengths: Int[Array, "P G"],
-    own_keep: Bool[Array, "1 T N"],
-    query_positions: Int[Array, " T"],
     scoring: Scoring,
     window: Window = None,
 ) -> Float[Array, "P G H T E"]:
     """Attention of G completions to their one prompt and each to its own past.
 
     Each completion continues its prompt after ``prompt_lengths`` tokens: the same number for samples of one question,
-    different ones for the answers of one conversation. ``query_positions`` are counted from the completion's first
-    token. In decode T is 1 while k and v are the whole buffer of N, of which ``own_keep`` keeps what has been written.
+    different ones for the answers of one conversation.
     """
     prompts, group, _, length, _ = q.shape
-    size, own_size = prompt_k.shape[2], k.shape[3]
-    positions = (prompt_lengths[..., None] + query_positions).reshape(prompts, -1)
+    size, steps = prompt_k.shape[2], jnp.arange(length)
+    positions = (prompt_lengths[..., None] + steps).reshape(prompts, -1)
     keep = within(jnp.repeat(prompt_lengths, length, axis=1), size)
     keep = keep & in_window(positions, jnp.arange(size)[None], window)
     shared = attend(_together(q), prompt_k, prompt_v, keep, scoring)
     shared = Part(_apart(shared.out, group), _apart(shared.lse, group))
-    own_keep = own_keep & in_window(query_positions[None], jnp.arange(own_size)[None], window)
+    own_keep = causal(length) & in_window(steps[None], steps[None], window)
     own_q, own_k, own_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     own = attend(own_q, own_k, own_v, own_keep, scoring)
     own = Part(own.out.reshape(q.shape), own.lse.reshape(q.shape[:-1]))

@@ -3,7 +3,7 @@
 ``model.attention`` names one or says ``auto``. A layer that the platform's kernel cannot do (float32 on a GPU, say)
 goes to XLA under ``auto`` and is refused where the kernel was asked for by name. In a model with windows that is every
 layer: its scan over layers carries the window as a number, and kernels want it when they are compiled. Decoding has one
-query a row and is always XLA's (``attention.group_attention``).
+query a row and is always XLA's (``decoding.py``).
 """
 
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kardia_jax.config import ConfigError
 from kardia_jax.model import cudnn, splash
-from kardia_jax.model.attention import Scoring, Window, causal, causal_attention, group_attention
+from kardia_jax.model.attention import Scoring, Window, causal_attention, group_attention
 from kardia_jax.model.fused import Kernel, Keys, fused_attention
 
 Backend = Literal["xla", "cudnn", "splash"]
@@ -115,9 +115,7 @@ def completion_attention(
     """
     kernel = _kernel(wanted, q, scoring, window)
     if kernel is None:
-        steps = jnp.arange(q.shape[3])
-        prompt = (prompt_k, prompt_v, prompt_lengths)
-        return group_attention(q, k, v, *prompt, causal(steps.size), steps, scoring, window)
+        return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, scoring, window)
     group = q.shape[1]
     rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
     shared = Keys(_repeated(prompt_k, group), _repeated(prompt_v, group), prompt_lengths.reshape(-1))

@@ -26,9 +26,7 @@ STRETCH = 32
 """Most steps between two looks."""
 
 Finished = Callable[[int, int, Int[np.ndarray, " n"]], None]
-"""(prompt, sample, its tokens), called once for each completion, in the order in which they end."""
-
-
+"""(prompt, sample, its tokens), called once for each completion; those that end between two looks come together."""
 Generate = Callable[..., Rollouts]
 """``roll_out`` after its first two arguments."""
 

@@ -1,6 +1,6 @@
-"""From prompts to sampled texts: padding to few shapes, one call of the compiled sampler, decoding.
+"""From prompts to sampled texts: padding to few shapes, one call of the sampler, decoding of each text as it ends.
 
-``Sampled`` keeps the device's arrays for the learner and, for the rewards, the ids and texts exactly as drawn.
+``Sampled`` holds ids and log-probs for the learner and texts for the rewards, exactly as drawn.
 """
 
 from collections.abc import Callable, Sequence, Set

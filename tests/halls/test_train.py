@@ -207,6 +207,21 @@ def test_sampler_and_learner_agree_on_every_token(config_of, fresh_policy, grade
         np.testing.assert_allclose(gaps(batch), 0.0, atol=AGREEMENT)
 
 
+@pytest.mark.usefixtures("every_text_counts")
+def test_what_a_sampler_with_few_bits_and_seats_draws_is_measured_and_corrected(
+    config_of, fresh_policy, grader_of, read_lines, captured
+):
+    narrow = {"kv_dtype": "int8", "weights_dtype": "int8", "rows": 4}
+    fields = {f"grpo.sampler.{name}": value for name, value in narrow.items()} | SEVERAL | {"grpo.steps": 2}
+    config = config_of(fields)
+    train_grpo(config, fresh_policy(), grader_of())
+    for row in read_lines(config.run.dir / "metrics.jsonl"):
+        assert AGREEMENT < row["mismatch_abs"] < 0.1
+        assert row["mismatch_exp_abs"] > 1
+        assert row["grad_norm"] > 0
+    assert all(np.abs(gaps(batch)).max() > AGREEMENT for batch in captured)
+
+
 # ---- resume
 
 

@@ -59,11 +59,9 @@ def test_group_attention_is_the_repeated_form(lengths, group, length, kv_heads, 
     k, v = rng.normal(size=(2, prompts, group, length, kv_heads, dim))
     prompt_k, prompt_v = rng.normal(size=(2, prompts, size, kv_heads, dim))
     rows = rng.integers(1, np.array(lengths)[:, None] + 1, (prompts, group))
-    out = jax.jit(group_attention, static_argnums=(8, 9))(
+    out = jax.jit(group_attention, static_argnums=(6, 7))(
         *(jnp.asarray(x.swapaxes(-3, -2), jnp.float32) for x in (q, k, v, prompt_k, prompt_v)),
         jnp.asarray(rows),
-        causal(length),
-        jnp.arange(length),
         Scoring(0.5, softcap),
         window,
     )
