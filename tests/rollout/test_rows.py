@@ -20,8 +20,8 @@ def marked(spec, storage: Storage = AS_COMPUTED) -> sampler.Rows:
         lambda x: x if x.ndim < 1 or x is rows.keys else (jnp.arange(x.size).reshape(x.shape) % 127).astype(x.dtype),
         rows,
     )
-    everybody = rows.drawn.done
-    return counted._replace(step=jnp.int32(6), drawn=counted.drawn._replace(done=everybody, stopped=everybody))
+    drawn = counted.drawn._replace(done=rows.drawn.done, stopped=~rows.drawn.stopped)
+    return counted._replace(step=jnp.int32(6), drawn=drawn)
 
 
 @pytest.mark.parametrize("storage", [AS_COMPUTED, Storage(kv="int8")])
