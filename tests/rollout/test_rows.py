@@ -10,12 +10,12 @@ from kardia_jax.model.policy import Compute
 from kardia_jax.rollout import sampler
 
 GROUPS, GROUP, SIZE, COLUMNS, BUDGET, PAD = 4, 3, 5, 4, 6, 89
-KEYS = jax.random.split(jax.random.key(0), (GROUPS, GROUP))
 
 
 def marked(spec, storage: Storage = AS_COMPUTED) -> sampler.Rows:
     """Rows whose numbers all differ within an array; everybody is done."""
-    rows = sampler.empty(spec, Compute(), storage, KEYS, jnp.int32(PAD), SIZE, COLUMNS, BUDGET)
+    keys = jax.random.split(jax.random.key(0), (GROUPS, GROUP))
+    rows = sampler.empty(spec, Compute(), storage, keys, jnp.int32(PAD), SIZE, COLUMNS, BUDGET)
     counted = jax.tree.map(
         lambda x: x if x.ndim < 1 or x is rows.keys else (jnp.arange(x.size).reshape(x.shape) % 127).astype(x.dtype),
         rows,
