@@ -135,7 +135,8 @@ class SamplerConfig:
     kv_dtype: Literal["compute", "bfloat16", "int8"] = "compute"
     """Type of the keys and values that are kept; the learner's stay in the compute type."""
     weights_dtype: Literal["compute", "int8"] = "compute"
-    """Type of the sampler's copy of the blocks' kernels; int8 has one scale per output."""
+    """Type of the sampler's copy of the blocks' kernels, with which completions are decoded; int8 has one scale per
+    output. Prompts are run with the learner's own."""
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, "sampler.temperature", "0 (greedy) or more", self.temperature)

@@ -68,7 +68,9 @@ def empty(
     drawn = Drawn(none == 0, none == 1, none, jnp.full_like(nothing, pad_id, jnp.int32), nothing, nothing)
     caches = empty_caches(spec, compute, storage, prompts, group, size, columns)
     zeros = jnp.zeros(prompts, jnp.int32)
-    return Rows(jnp.int32(0), zeros, zeros, none, keys, drawn, caches)
+    # Keys of its own: rows are donated, and the caller's keys must outlive them.
+    own = jnp.broadcast_to(keys[0, 0], keys.shape)
+    return Rows(jnp.int32(0), zeros, zeros, none, own, drawn, caches)
 
 
 def admit(
