@@ -5,8 +5,10 @@ run that needs neither.
 """
 
 import contextlib
+import gc
 import os
 import resource
+import sys
 import tempfile
 
 import pytest
@@ -21,6 +23,16 @@ os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "kardia_jax-t
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests compile much and run little: without LLVM's expensive passes they take about a third less time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_dropped():
+    """Compiled programs go with the module that made them: each holds maps of memory, of which Linux allows a process
+    65,530, and the whole suite compiles so many that a later compilation crashed."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
