@@ -45,7 +45,7 @@ def test_the_scale_of_embeddings_is_rounded_before_it_multiplies():
     theirs = GemmaTextScaledWordEmbedding(8, spec.width, 0, embed_scale=spec.width**0.5).to(torch.bfloat16)
     theirs.weight.data = bfloat16(table)
     params = {"embed": {"embedding": jnp.asarray(table)}}
-    got = policy._embed(spec, params, jnp.arange(8), Compute("bfloat16"))
+    got = policy.embed(spec, params, jnp.arange(8), Compute("bfloat16"))
     # sqrt(3072) = 55.4 is 55.5 in bfloat16.
     np.testing.assert_array_equal(got.astype(jnp.float32), as_float(theirs(torch.arange(8))))
 
