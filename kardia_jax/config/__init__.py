@@ -2,6 +2,7 @@
 
 from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
+from kardia_jax.config.judge import JudgeConfig
 from kardia_jax.config.lora import FULL, LoraConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 from kardia_jax.config.tree import (
@@ -9,7 +10,6 @@ from kardia_jax.config.tree import (
     DataConfig,
     EvalConfig,
     GrpoConfig,
-    JudgeConfig,
     ModelConfig,
     OptimizerConfig,
     RewardConfig,
