@@ -9,7 +9,8 @@ failures, so that a broken judge is unknown and never 0.
 """
 
 import asyncio
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Verdict
 
@@ -24,6 +25,24 @@ class Judge(Protocol):
 
     async def score(self, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
         """One answer per request, in order."""
+        ...
+
+
+@runtime_checkable
+class InProcess(Protocol):
+    """What a judge says that may compute on the device of this process. While True it is asked about all completions
+    of a step in one batch, on the thread of the loop, and nothing of it is hidden behind the rollout."""
+
+    @property
+    def in_process(self) -> bool: ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A judge that keeps count of its own work."""
+
+    def take_stats(self) -> Mapping[str, float]:
+        """What was counted since the last call, by name."""
         ...
 
 

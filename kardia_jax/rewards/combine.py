@@ -33,6 +33,8 @@ from kardia_jax.rewards.format import format_score
 from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Rubric, Verdict, to_unit
 
 TERMS = ("format", "emotion", "rubric")
+NO_VERDICT = "no verdict: "
+"""How the reason of a completion begins whose verdict is missing."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def score_completion(
     if said is None:
         return Scores(form, emotion, None, None, valid=True, reasons={"rubric": "not judged: its weight is 0"})
     if isinstance(said, JudgeFailure):
-        return Scores(form, emotion, None, None, valid=False, reasons={"rubric": f"no verdict: {said.reason}"})
+        return Scores(form, emotion, None, None, valid=False, reasons={"rubric": f"{NO_VERDICT}{said.reason}"})
     marks = said.by_name()
     reasons = {mark.criterion: mark.reason for mark in said.marks}
     return Scores(form, emotion, marks, to_unit(rubric, marks), valid=True, reasons=reasons)
