@@ -17,7 +17,7 @@ from kardia_jax.dialogue.dataset import Dialogue
 from kardia_jax.dialogue.spans import Malformed, Spans
 from kardia_jax.judge.protocol import Judge, score_all
 from kardia_jax.rewards.combine import Scores, judge_request, score_completion
-from kardia_jax.rewards.rubric import Rubric
+from kardia_jax.rewards.rubric import Rubric, with_items
 
 
 class Completion(NamedTuple):
@@ -40,6 +40,8 @@ def score_completions(
     given = score_all(judge, [request for _, request in asked])
     said = {index: answer for (index, _), answer in zip(asked, given, strict=True)}
     return [
-        score_completion(row.parsed, row.dialogue.emotion, said.get(index), rubric)
+        score_completion(
+            row.parsed, row.dialogue.emotion, said.get(index), with_items(rubric, row.dialogue.rubric_items)
+        )
         for index, row in enumerate(completions)
     ]
