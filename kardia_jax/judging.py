@@ -21,10 +21,14 @@ from typing import Self
 from kardia_jax.config import JudgeConfig
 from kardia_jax.dialogue.prompt import Prompt
 from kardia_jax.judge.failures import FailureWindow
-from kardia_jax.judge.protocol import Counting
+from kardia_jax.judge.protocol import take_stats
 from kardia_jax.judge.scoring import Completion, request_of, scores_of
 from kardia_jax.judge.session import JudgeSession, Question, busy_seconds
 from kardia_jax.scoring import Graded, Grader, collected, read_answer
+
+
+GRACE_SECONDS = 1.0
+"""Beyond the deadline, for a judge that keeps it itself and can say what was wrong."""
 
 
 class Grading:
@@ -70,7 +74,7 @@ class Judging:
 
     def __init__(self, grader: Grader, config: JudgeConfig):
         self._grader, self._open = grader, ExitStack()
-        self._session = JudgeSession(grader.judge, config.batch_deadline)
+        self._session = JudgeSession(grader.judge, config.traffic.deadline_seconds + GRACE_SECONDS)
         self._window = FailureWindow(config.max_failure_share, config.failure_window)
 
     def begin(self, prompts: Sequence[Prompt], group: int) -> Grading:
@@ -83,9 +87,7 @@ class Judging:
 
     def metrics(self) -> dict[str, float]:
         """What the judge counted since the last call: latency, retries, tokens, as far as it counts."""
-        judge = self._grader.judge
-        stats = judge.take_stats() if isinstance(judge, Counting) else {}
-        return {f"judge/{name}": value for name, value in stats.items()}
+        return take_stats(self._grader.judge)
 
     def __enter__(self) -> Self:
         self._open.enter_context(self._session)

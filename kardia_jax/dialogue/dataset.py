@@ -65,6 +65,20 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class RubricItem:
+    """A question of one dialogue, like "Does the reply mention the bees?", and its weight beside the criteria's."""
+
+    question: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.question.splitlines()) != 1 or not self.question.strip() or _FORBIDDEN.search(self.question):
+            raise ValueError(f"question: wanted one line of text without control tokens, got {self.question!r:.80}.")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight: wanted a finite number, 0 or more, got {self.weight}.")
+
+
+@dataclass(frozen=True)
 class Dialogue:
     """One row that fits the schema."""
 
@@ -80,6 +94,8 @@ class Dialogue:
     """User and assistant in turn, the user first."""
     where: str
     """Where the row stands, like ``train.jsonl:17``."""
+    rubric_items: tuple[RubricItem, ...] = ()
+    """Questions that the judge is asked about replies in this dialogue, beside the rubric's own."""
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from kardia_jax.dialogue.dataset import Dialogue
 from kardia_jax.dialogue.spans import Malformed, Spans
 from kardia_jax.judge.protocol import Judge, score_all
 from kardia_jax.rewards.combine import Scores, judge_request, score_completion
-from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Rubric, Verdict
+from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Rubric, Verdict, with_items
 
 
 class Completion(NamedTuple):
@@ -37,7 +37,7 @@ def request_of(row: Completion, weights: RewardConfig) -> JudgeRequest | None:
 
 def scores_of(row: Completion, said: Verdict | JudgeFailure | None, rubric: Rubric) -> Scores:
     """The scores of one completion; ``said`` is None where nobody was asked."""
-    return score_completion(row.parsed, row.dialogue.emotion, said, rubric)
+    return score_completion(row.parsed, row.dialogue.emotion, said, with_items(rubric, row.dialogue.rubric_items))
 
 
 def score_completions(

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from kardia_jax.judge.protocol import InProcess, Judge, answers, score_all
+from kardia_jax.judge.protocol import Judge, answers, close, is_in_process, score_all
 from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Verdict
 
 Answer = Verdict | JudgeFailure
@@ -51,7 +51,7 @@ class JudgeSession:
     def __init__(self, judge: Judge, deadline: float | None = None):
         """``deadline``: seconds from the last request of a batch until what is not answered counts as a failure."""
         self.judge, self.deadline = judge, deadline
-        self._beside = not (isinstance(judge, InProcess) and judge.in_process)
+        self._beside = not is_in_process(judge)
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._thread = threading.Thread(target=self._run, name=f"judge {judge.name}", daemon=True)
         self._ready = threading.Event()

@@ -30,7 +30,16 @@ from kardia_jax.dialogue.dataset import Dialogue
 from kardia_jax.dialogue.spans import Malformed, Spans, parse
 from kardia_jax.rewards.emotion import emotion_score
 from kardia_jax.rewards.format import format_score
-from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Rubric, Verdict, to_unit
+from kardia_jax.rewards.rubric import (
+    JudgeFailure,
+    JudgeRequest,
+    Rubric,
+    Span,
+    Verdict,
+    addresses_judge,
+    apply_vetoes,
+    to_unit,
+)
 
 TERMS = ("format", "emotion", "rubric")
 NO_VERDICT = "no verdict: "
@@ -44,7 +53,7 @@ class Scores:
     format: float
     emotion: float
     marks: Mapping[str, float] | None
-    """Criterion to mark, 1 to 5; None where there is no verdict."""
+    """Criterion to mark, 1 to 5, after the rubric's vetoes; None where there is no verdict."""
     rubric: float | None
     """The marks as one number in [0, 1]; 0 for a malformed completion; None where nothing was judged."""
     valid: bool
@@ -53,6 +62,12 @@ class Scores:
     """Criterion to the judge's reason, or "rubric" to why there is no verdict."""
     malformed: str | None = None
     """Why the completion did not parse; None where it did."""
+    spreads: Mapping[str, float] = field(default_factory=dict)
+    """Criterion to the standard deviation of its mark, in marks, where the judge gave one."""
+    vetoes: Mapping[str, str] = field(default_factory=dict)
+    """Criterion to the rule that lowered its mark, with the mark before."""
+    flag: str = ""
+    """The words with which the completion speaks to its judge; "" where it does not, or did not parse."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ def judge_request(dialogue: Dialogue, turn: int, spans: Spans) -> JudgeRequest:
         reply=spans.response,
         understanding=spans.understanding,
         reasoning=spans.reasoning,
+        items=dialogue.rubric_items,
     )
 
 
@@ -98,18 +114,44 @@ def _heard(role: str, content: str) -> str:
 def score_completion(
     parsed: Spans | Malformed, gold: str, said: Verdict | JudgeFailure | None, rubric: Rubric
 ) -> Scores:
-    """The scores of one completion; ``said`` is None where nobody was asked (malformed, rubric weight 0)."""
+    """The scores of one completion; ``said`` is None where nobody was asked (malformed, rubric weight 0).
+
+    ``rubric`` holds all that was asked, items of the dialogue included. Raises ValueError for a verdict on
+    other criteria.
+    """
     form, emotion = format_score(parsed), emotion_score(parsed, gold)
     if isinstance(parsed, Malformed):
         why = {"rubric": f"not judged: {parsed.reason}"}
         return Scores(form, emotion, None, 0.0, valid=True, reasons=why, malformed=str(parsed.reason))
+    flag = addresses_judge("\n".join((parsed.understanding, parsed.reasoning, parsed.response)))
     if said is None:
-        return Scores(form, emotion, None, None, valid=True, reasons={"rubric": "not judged: its weight is 0"})
+        why = {"rubric": "not judged: its weight is 0"}
+        return Scores(form, emotion, None, None, valid=True, reasons=why, flag=flag)
     if isinstance(said, JudgeFailure):
-        return Scores(form, emotion, None, None, valid=False, reasons={"rubric": f"{NO_VERDICT}{said.reason}"})
-    marks = said.by_name()
-    reasons = {mark.criterion: mark.reason for mark in said.marks}
-    return Scores(form, emotion, marks, to_unit(rubric, marks), valid=True, reasons=reasons)
+        why = {"rubric": f"{NO_VERDICT}{said.reason}"}
+        return Scores(form, emotion, None, None, valid=False, reasons=why, flag=flag)
+    return _judged(parsed, form, emotion, said, rubric, flag)
+
+
+def _judged(parsed: Spans, form: float, emotion: float, said: Verdict, rubric: Rubric, flag: str) -> Scores:
+    spans: dict[Span, str] = {
+        "understanding": parsed.understanding,
+        "reasoning": parsed.reasoning,
+        "reply": parsed.response,
+    }
+    verdict, vetoes = apply_vetoes(rubric, said, spans)
+    marks = verdict.by_name()
+    return Scores(
+        form,
+        emotion,
+        marks,
+        to_unit(rubric, marks),
+        valid=True,
+        reasons={mark.criterion: mark.reason for mark in said.marks},
+        spreads={mark.criterion: mark.spread for mark in said.marks if mark.spread is not None},
+        vetoes=vetoes,
+        flag=flag,
+    )
 
 
 def combine(scores_P_G: Sequence[Sequence[Scores]], weights: RewardConfig) -> Combined:

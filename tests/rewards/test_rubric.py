@@ -194,4 +194,4 @@ def test_rubrics_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="named once"):
         Rubric("r", "1", (TWO.criteria[0], TWO.criteria[0]))
     with pytest.raises(ValueError, match="weight above 0"):
-        Rubric("r", "1", (Criterion("tone", "Kind?", LEVELS, weight=0.0),))
+        to_unit(Rubric("r", "1", (Criterion("tone", "Kind?", LEVELS, weight=0.0),)), {"tone": 3})

@@ -20,10 +20,12 @@ RULES: tuple[tuple[str, Callable[[View], Judged]], ...] = (
 )
 """The criteria of KARDIA_FIVE, in its order."""
 
+_NO_ITEMS = JudgeFailure("rules: wanted no rubric_items, since only a language model can answer them", retryable=False)
+
 
 @dataclass(frozen=True)
 class RuleJudge:
-    """A ``Judge`` that marks the criteria of KARDIA_FIVE by rules; it never fails."""
+    """A ``Judge`` that marks the criteria of KARDIA_FIVE by rules; it fails only where a dialogue has items."""
 
     name: str = "rules-1"
 
@@ -33,5 +35,5 @@ class RuleJudge:
         return Verdict(tuple(Mark(criterion, *rule(view)) for criterion, rule in RULES))
 
     async def score(self, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
-        """One verdict per request, in order."""
-        return [self.mark(request) for request in requests]
+        """One verdict per request, in order; a failure where there are items, since rules read no questions."""
+        return [_NO_ITEMS if request.items else self.mark(request) for request in requests]
