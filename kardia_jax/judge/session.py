@@ -68,7 +68,10 @@ class JudgeSession:
         return question
 
     def gather(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers, in order; waits for those that are missing until the deadline, and then cancels them."""
+        """The answers, in order; waits for those that are missing until the deadline, and then cancels them.
+
+        Raises JudgeUnusableError where no question can ever be answered.
+        """
         if not self._beside:
             self._ask_at_once([question for question in questions if not question.answer.done()])
         _, late = wait([question.answer for question in questions], self._seconds_left(questions))
@@ -95,7 +98,7 @@ class JudgeSession:
             print(f"judge {self.judge.name}: did not stop within {CLOSE_SECONDS:g} s; left behind.", file=sys.stderr)
 
     def _run(self) -> None:
-        """The thread: serves until the session ends; leaving the runner cancels every call that is under way."""
+        """The thread."""
         with asyncio.Runner() as runner:
             runner.run(self._until_closing())
 
@@ -104,6 +107,11 @@ class JudgeSession:
         self._running = asyncio.get_running_loop(), closing
         self._ready.set()
         await closing.wait()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await close(self.judge)
 
     async def _ask(self, request: JudgeRequest) -> Answer:
         (answer,) = await answers(self.judge, [request])
