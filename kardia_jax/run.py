@@ -147,9 +147,13 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """What must not change between a run and its resumption: everything but bookkeeping and evaluation."""
+    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, and where and how
+    gently the judge is asked. A judge may move to another machine between the two."""
     tree = json.loads(to_json(config))
-    return {name: part for name, part in tree.items() if name not in ("run", "eval")} | {"seed": config.run.seed}
+    judge = {name: part for name, part in tree["judge"].items() if name not in ("traffic", "cache", "record")}
+    judge["endpoint"] = {name: part for name, part in judge["endpoint"].items() if name not in ("base_urls", "key_env")}
+    kept = {name: part for name, part in tree.items() if name not in ("run", "eval")}
+    return kept | {"judge": judge, "seed": config.run.seed}
 
 
 def check_progress(state: TrainState, allowed: int, where: str) -> None:
