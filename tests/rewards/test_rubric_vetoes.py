@@ -167,14 +167,7 @@ def test_long_texts_take_no_time(text: str):
 
 
 def test_rules_that_cannot_work_are_refused():
-    bad = (lambda: MaxWords(0), lambda: Phrases(()), lambda: Phrases((" ",)), lambda: Pattern("("), lambda: Pattern("a*"))
-    for make in bad:
-        lambda: MaxWords(0),
-        lambda: Phrases(()),
-        lambda: Phrases((" ",)),
-        lambda: Pattern("("),
-        lambda: Pattern("a*"),
-    ):
+    for bad in (lambda: MaxWords(0), lambda: Phrases(()), lambda: Phrases((" ",)), lambda: Pattern("("), lambda: Pattern("a*")):
         with pytest.raises(ValueError, match="wanted"):
             bad()
     for cap, because in ((0, "x"), (5, "x"), (2, " ")):
