@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from kardia_jax.config import ServeConfig
-from kardia_jax.judge.protocol import JudgeUnusableError
+from kardia_jax.judge.protocol import JudgeUnusableError, take_stats
 from kardia_jax.judge.wire import (
     ErrorResponse,
     ScoreRequest,
@@ -169,6 +169,7 @@ def make_routes(service: Service) -> FastAPI:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """For Prometheus."""
+        service.metrics.count_backend(take_stats(service.worker.judge))
         return Response(service.metrics.text(), media_type=METRICS_TYPE)
 
     return app

@@ -3,18 +3,24 @@
     kardia_judge_verdicts_total 1184.0
     kardia_judge_failures_total{reason="timeout"} 3.0
     kardia_judge_waiting 64.0
+    kardia_judge_backend_total{what="cache_hits"} 310.0
     kardia_judge_request_seconds_bucket{le="0.25"} 9.0
 
+What a backend counts by itself (calls, retries, faults by class, cache, tokens, latency) is taken at every reading.
 Verdicts, failures and what is waiting are counted in completions; requests and seconds in HTTP requests to /v1/score.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kardia_jax.judge.stats import Event, Fault
 from kardia_jax.rewards.rubric import JudgeFailure, Verdict
 
+COUNTED = frozenset((*get_args(Event), *get_args(Fault), "prompt_tokens", "completion_tokens", "cost"))
 METRICS_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 """Bucket ends: rules take milliseconds, a batch at a large model minutes."""
@@ -36,7 +42,22 @@ class ServeMetrics:
             "kardia_judge_request_seconds", "Time to judge one request.", buckets=SECONDS, registry=self._registry
         )
         self.waiting = Gauge("kardia_judge_waiting", "Completions taken on, not answered yet.", registry=self._registry)
+        self.backend_counts = Counter(
+            "kardia_judge_backend", "What the judge behind the server counts.", ["what"], registry=self._registry
+        )
+        self.backend_values = Gauge(
+            "kardia_judge_backend_now", "What the judge behind the server measures.", ["what"], registry=self._registry
+        )
         self.ready = Gauge("kardia_judge_ready", "1: the last answers held a verdict.", registry=self._registry)
+
+    def count_backend(self, stats: Mapping[str, float]) -> None:
+        """Takes over what a judge has counted since the last time: counts add up, the rest is as it is now."""
+        for name, value in stats.items():
+            what = name.removeprefix("judge/")
+            if what in COUNTED:
+                self.backend_counts.labels(what).inc(value)
+            elif math.isfinite(value):
+                self.backend_values.labels(what).set(value)
 
     def answered(self, given: Sequence[Verdict | JudgeFailure]) -> None:
         """Counts the answers to one request."""

@@ -269,6 +269,25 @@ def test_metrics_count_verdicts_failures_and_requests(serving, scripted, numbere
     } <= lines
 
 
+class Counting(RuleJudge):
+    """A judge with counts of its own, new ones at every reading."""
+
+    def take_stats(self) -> dict[str, float]:
+        return {"judge/cache_hits": 2.0, "judge/timeouts": 1.0, "judge/latency_p50": 0.5, "judge/latency_p95": math.nan}
+
+
+def test_what_the_backend_counts_adds_up_and_what_it_measures_is_the_last_value(serving):
+    with serving(Counting()) as served:
+        for _ in range(3):
+            lines = set(httpx2.get(f"{served.url}/metrics").text.splitlines())
+    assert {
+        'kardia_judge_backend_total{what="cache_hits"} 6.0',
+        'kardia_judge_backend_total{what="timeouts"} 3.0',
+        'kardia_judge_backend_now{what="latency_p50"} 0.5',
+    } <= lines
+    assert not [line for line in lines if "latency_p95" in line]
+
+
 def test_the_schema_names_every_route_and_every_refusal(serving):
     with serving(RuleJudge()) as served:
         schema = httpx2.get(f"{served.url}/openapi.json").json()
