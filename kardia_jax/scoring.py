@@ -16,6 +16,7 @@ from kardia_jax.judge.factory import Maker, make_judge
 from kardia_jax.judge.protocol import Judge
 from kardia_jax.judge.scoring import Completion, score_completions
 from kardia_jax.rewards.combine import Combined, Scores, combine
+from kardia_jax.rewards.diagnostics import criterion_means, verdict_signs
 from kardia_jax.rewards.kardia_five import KARDIA_FIVE
 from kardia_jax.rewards.rubric import Rubric
 
@@ -88,15 +89,14 @@ def reward_metrics(graded: Graded) -> dict[str, float]:
     What needs a verdict is a mean over those that have one; format and emotion are read off the text of all.
     """
     combined, scores = graded.combined, [score for row in graded.scores_P_G for score in row]
-    marks = [score.marks for score in scores if score.marks is not None]
-    names = sorted({name for row in marks for name in row})
     return {
         "reward": _mean(combined.rewards_P_G),
         "reward_std": float(np.nanstd(combined.rewards_P_G)) if combined.valid_P_G.any() else float("nan"),
         **{f"reward/{name}": _mean(combined.terms_P_G_K[..., k]) for k, name in enumerate(combined.term_names)},
-        **{f"criterion/{name}": float(np.mean([row[name] for row in marks])) for name in names},
+        **criterion_means(scores),
         "malformed": float(np.mean([score.malformed is not None for score in scores])),
         "judge_failures": graded.failure_share,
+        **verdict_signs(scores),
     }
 
 
@@ -129,5 +129,8 @@ def rollout_rows(
                 "rubric": scores.rubric,
                 "marks": None if scores.marks is None else dict(scores.marks),
                 "reasons": dict(scores.reasons),
+                "spreads": dict(scores.spreads),
+                "vetoes": dict(scores.vetoes),
+                "flag": scores.flag,
                 "valid": scores.valid,
             }

@@ -10,9 +10,11 @@ A row is one dialogue (a line of JSON, a row of Parquet, a row of a Hub dataset)
                   {"role": "user", "content": "He was fourteen."},
                   {"role": "assistant", "content": "<|understanding_begin|>...<|response_end|>"}]}
 
-Extra fields are allowed. ``anon_username`` is not read and the row's own system message is not kept: the
-prompt is built anew from profile and situation (see ``prompt.py``). The row's ``emotion`` is gold for the
-dialogue; an assistant turn may name another one. A user turn at the end, which nobody answered, is allowed.
+``"rubric_items": ["Does it name the dog?", {"question": "...", "weight": 2}]`` may stand beside them:
+questions that the judge is asked about replies in this dialogue. Other fields are allowed. ``anon_username``
+is not read and the row's own system message is not kept: the prompt is built anew from profile and situation
+(see ``prompt.py``). The row's ``emotion`` is gold for the dialogue; an assistant turn may name another one. A
+user turn at the end, which nobody answered, is allowed.
 """
 
 import hashlib
@@ -138,8 +140,8 @@ def read_row(row: Mapping[str, object], where: str) -> Dialogue:
     """The dialogue in one row; texts are stripped and assistant turns rewritten in the model's tags.
 
     Raises RowError for a missing or empty field, a wrong type, an unknown emotion, roles that do not
-    alternate, no assistant turn, assistant spans that do not parse, or a control token such as ``<|im_end|>``
-    in a text.
+    alternate, no assistant turn, assistant spans that do not parse, a control token such as ``<|im_end|>``
+    in a text, or a rubric item that is no question.
     """
     person, mbti, emotion, situation = (
         _plain(_text(row, field, field, where), field, where) for field in ("person", "mbti", "emotion", "situation")
@@ -149,9 +151,11 @@ def read_row(row: Mapping[str, object], where: str) -> Dialogue:
         fix = f"Did you mean {near!r}?" if near else ""
         raise RowError(where, "emotion", "one of the 32 labels", repr(emotion), fix)
     turns = _turns(row, where)
-    identity = json.dumps([person, mbti, emotion, situation, *(turn.content for turn in turns)])
+    items = _items(row.get("rubric_items"), where)
+    asked = [[item.question, item.weight] for item in items]
+    identity = json.dumps([person, mbti, emotion, situation, *(turn.content for turn in turns), *asked])
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return Dialogue(name, person, mbti, emotion, situation, turns, where)
+    return Dialogue(name, person, mbti, emotion, situation, turns, where, items)
 
 
 def _collect(rows: Iterator[_Raw], bad_rows: Literal["skip", "fatal"], limit: int | None) -> Loaded:
@@ -244,6 +248,31 @@ def _turn(message: Mapping[str, object], role: str, index: int, wanted: str, whe
     for body in (spans.understanding, spans.reasoning, spans.response):
         _plain(body, name, where)
     return Turn("assistant", render(spans))
+
+
+def _items(given: object, where: str) -> tuple[RubricItem, ...]:
+    """The row's own questions to the judge; tables hold None where a row has none."""
+    if given is None:
+        return ()
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise RowError(where, "rubric_items", "a list of questions", _shown(given))
+    return tuple(_item(item, f"rubric_items[{index}]", where) for index, item in enumerate(given))
+
+
+def _item(given: object, name: str, where: str) -> RubricItem:
+    fields = {"question": given} if isinstance(given, str) else given
+    if not isinstance(fields, Mapping):
+        raise RowError(where, name, "a question, or an object with question and weight", _shown(given))
+    unknown = sorted(map(str, fields.keys() - {"question", "weight"}))
+    if unknown:
+        raise RowError(where, name, "no fields but question and weight", ", ".join(unknown))
+    question = _plain(_text(fields, "question", f"{name}.question", where), f"{name}.question", where)
+    if len(question.splitlines()) > 1:
+        raise RowError(where, f"{name}.question", "one line", _shown(question))
+    weight = 1.0 if fields.get("weight") is None else fields["weight"]
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < float("inf"):
+        raise RowError(where, f"{name}.weight", "a finite number, 0 or more", _shown(weight))
+    return RubricItem(question, float(weight))
 
 
 def _rows(source: str, split: Split) -> Iterator[_Raw]:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from kardia_jax.rewards.combine import Scores
+from kardia_jax.rewards.rubric import is_item
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
@@ -85,6 +86,32 @@ def criterion_statistics(scores: Sequence[Scores]) -> dict[str, Statistic]:
         for name, mark in (score.marks or {}).items():
             marks.setdefault(name, []).append(mark)
     return {name: Statistic(float(np.mean(got)), float(np.std(got)), len(got)) for name, got in marks.items()}
+
+
+def criterion_means(scores: Sequence[Scores]) -> dict[str, float]:
+    """``criterion/NAME``: the mean mark of each criterion; items of dialogues, which differ, share one mean."""
+    marks: dict[str, list[float]] = {}
+    for score in scores:
+        for name, mark in (score.marks or {}).items():
+            marks.setdefault("items" if is_item(name) else name, []).append(mark)
+    return {f"criterion/{name}": float(np.mean(marks[name])) for name in sorted(marks)}
+
+
+def verdict_signs(scores: Sequence[Scores]) -> dict[str, float]:
+    """How sure the judge was, how often a veto corrected it, and how often a completion spoke to it.
+
+    - judge/spread: mean standard deviation of the marks that have one, in marks
+    - judge/vetoed: share of the completions with a verdict that had a mark lowered
+    - judge/flagged: share of the well-formed completions that speak to their judge
+    """
+    spreads = [spread for score in scores for spread in score.spreads.values()]
+    judged = [bool(score.vetoes) for score in scores if score.marks is not None]
+    read = [bool(score.flag) for score in scores if score.malformed is None]
+    return {
+        "judge/spread": float(np.mean(spreads)) if spreads else float("nan"),
+        "judge/vetoed": float(np.mean(judged)) if judged else float("nan"),
+        "judge/flagged": float(np.mean(read)) if read else float("nan"),
+    }
 
 
 def hacking_signs(

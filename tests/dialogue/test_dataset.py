@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from kardia_jax.config import DataConfig
 from kardia_jax.dialogue import dataset
-from kardia_jax.dialogue.dataset import DataError, RowError, Turn, load_dialogues, read_row
+from kardia_jax.dialogue.dataset import DataError, RowError, RubricItem, Turn, load_dialogues, read_row
 from kardia_jax.dialogue.spans import Spans, parse, render
 
 ANSWER = render(Spans("lost a pet", "grief needs room", "sad", "I am sorry."))
@@ -123,6 +123,24 @@ def without(field: str) -> dict:
         (with_message(2, content="I am sorry."), "messages[2].content: wanted four spans, got missing (the"),
         (with_message(3, role="assistant"), "messages[3].role: wanted 'user', got 'assistant'. After an opt"),
         (with_message(3, role="system"), "messages[3].role: wanted 'user', got 'system'."),
+        (row(rubric_items="Warm?"), "rubric_items: wanted a list of questions, got 'Warm?'."),
+        (row(rubric_items={"question": "Warm?"}), "rubric_items: wanted a list of questions, got {'question'"),
+        (row(rubric_items=["Warm?", 4]), "rubric_items[1]: wanted a question, or an object with question and"),
+        (row(rubric_items=[" "]), "rubric_items[0].question: wanted a text that is not empty, got ' '."),
+        (row(rubric_items=[{"weight": 2}]), "rubric_items[0].question: wanted a text, got no such field."),
+        (row(rubric_items=["a\nb"]), "rubric_items[0].question: wanted one line, got 'a\\nb'."),
+        (row(rubric_items=["<|im_end|>"]), f"rubric_items[0].question: wanted {PLAIN}, got '<|im_end|>'."),
+        (
+            row(rubric_items=[{"question": "a", "cap": 1}]),
+            "rubric_items[0]: wanted no fields but question and weight, got cap.",
+        ),
+        *(
+            (
+                row(rubric_items=[{"question": "a", "weight": bad}]),
+                f"rubric_items[0].weight: wanted a finite number, 0 or more, got {bad!r}.",
+            )
+            for bad in (-1, True, "2", float("inf"), float("nan"))
+        ),
     ],
 )
 def test_a_bad_row_names_place_field_wish_and_find(bad: dict, message: str):
@@ -188,6 +206,26 @@ def test_a_folder_without_the_split_or_with_two_of_it_is_refused(tmp_path: pathl
         load_dialogues(config, "test")
     with pytest.raises(DataError, match=r"got train.jsonl and train.parquet"):
         load_dialogues(config, "train")
+
+
+def test_a_row_may_bring_questions_of_its_own(tmp_path: pathlib.Path):
+    items = [" Does it name the dog? ", {"question": "Does it wait?", "weight": 2}]
+    dialogue = read_row(row(rubric_items=items), "x:1")
+    assert dialogue.rubric_items == (RubricItem("Does it name the dog?", 1.0), RubricItem("Does it wait?", 2.0))
+    # Another question makes another dialogue; no questions leave the id what it was without the field.
+    without_items = read_row(ROW, "x:1")
+    assert read_row(row(rubric_items=None), "x:1") == read_row(row(rubric_items=[]), "x:1") == without_items
+    assert dialogue.id != without_items.id
+    rows = [row(rubric_items=[{"question": "Why?", "weight": None}]), row(rubric_items=None)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    loaded = load_dialogues(DataConfig(source=str(tmp_path / "rows.parquet")), "train")
+    assert [dialogue.rubric_items for dialogue in loaded.dialogues] == [(RubricItem("Why?"),), ()]
+
+
+@pytest.mark.parametrize("bad", [("",), ("a\nb",), ("<|im_end|>",), ("a", -1.0), ("a", float("nan"))])
+def test_an_item_that_cannot_be_asked_is_refused(bad: tuple):
+    with pytest.raises(ValueError, match="wanted"):
+        RubricItem(*bad)
 
 
 MIXED = [ROW, row(emotion="sadd"), {"person": "x"}, ROW]

@@ -98,7 +98,7 @@ def make_prompt(rubric: Rubric, request: JudgeRequest) -> str:
     """
     if len(views(rubric)) > 1:
         raise ValueError(f"rubric {rubric.name}: criteria see different spans; split it with views(rubric).")
-    marked = [name for name in SPANS if name in rubric.criteria[0].sees]
+    marked: list[Span] = [name for name in SPANS if name in rubric.criteria[0].sees]
     sections = [
         INTRODUCTION,
         f"# Profile\n{fence(request.profile)}",
