@@ -1,5 +1,7 @@
 """Rules on text: what breaks them, what does not, and what a cap does to a mark."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,18 +160,22 @@ def test_no_text_breaks_the_rules_themselves(text: str):
 
 @pytest.mark.parametrize("text", ["<" * 50_000, "a." * 50_000, "[A" * 50_000, "*" * 50_000, "give me a " * 10_000])
 def test_long_texts_take_no_time(text: str):
-    import time
-
     began = time.perf_counter()
     for kind in ("judge_talk", "url", "tag", "markdown"):
         evidence(Contains(kind), text)
-    print(time.perf_counter() - began)
+    assert time.perf_counter() - began < 5
 
 
 def test_rules_that_cannot_work_are_refused():
-    for bad in (lambda: MaxWords(0), lambda: Phrases(()), lambda: Phrases((" ",)), lambda: Pattern("("), lambda: Pattern("a*")):
+    for bad in (
+        lambda: MaxWords(0),
+        lambda: Phrases(()),
+        lambda: Phrases((" ",)),
+        lambda: Pattern("("),
+        lambda: Pattern("a*"),
+    ):
         with pytest.raises(ValueError, match="wanted"):
-            bad()
+            make(text)
     for cap, because in ((0, "x"), (5, "x"), (2, " ")):
         with pytest.raises(ValueError, match=r"veto\."):
             Veto(MaxWords(1), cap, because)
