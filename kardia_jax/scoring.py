@@ -12,8 +12,8 @@ import numpy as np
 from kardia_jax.config import JudgeConfig, RewardConfig
 from kardia_jax.dialogue.prompt import Prompt
 from kardia_jax.dialogue.spans import Malformed, Spans, parse
+from kardia_jax.judge.factory import Maker, make_judge
 from kardia_jax.judge.protocol import Judge
-from kardia_jax.judge.rules.judge import RuleJudge
 from kardia_jax.judge.scoring import Completion, score_completions
 from kardia_jax.rewards.combine import Combined, Scores, combine
 from kardia_jax.rewards.diagnostics import criterion_means, verdict_signs
@@ -29,10 +29,13 @@ class Grader(NamedTuple):
     weights: RewardConfig
 
 
+MAKERS: dict[str, Maker] = {}
+"""Judges that need JAX, by ``judge.kind``: the room of judges knows the others itself."""
+
+
 def make_grader(judge: JudgeConfig, weights: RewardConfig) -> Grader:
     """The grader that a config describes."""
-    judges: dict[str, Judge] = {"rules": RuleJudge()}
-    return Grader(judges[judge.kind], KARDIA_FIVE, weights)
+    return Grader(make_judge(judge, KARDIA_FIVE, MAKERS), KARDIA_FIVE, weights)
 
 
 class Graded(NamedTuple):

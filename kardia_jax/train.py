@@ -21,6 +21,7 @@ from kardia_jax.grpo.advantages import group_advantages, group_diagnostics, soft
 from kardia_jax.grpo.losses import entropy_floor, make_loss
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import completion_mask, grpo_objective
+from kardia_jax.judge.protocol import take_stats
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.decoding import Storage
 from kardia_jax.observe.measures import merge, to_host, values
@@ -119,6 +120,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
                 **reward_metrics(graded),
                 **signal,
                 **rollout_metrics(sampled, graded),
+                **take_stats(grader.judge),
                 "epoch": float(order.epoch_of(step)),
                 "learning_rate": float(np.asarray(rate(int(state.step) - 1))),
             }

@@ -2,7 +2,14 @@
 
 from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
-from kardia_jax.config.judge import JudgeConfig
+from kardia_jax.config.judge import (
+    CacheConfig,
+    EndpointConfig,
+    JudgeConfig,
+    JudgeSamplingConfig,
+    ReplayConfig,
+    TrafficConfig,
+)
 from kardia_jax.config.lora import FULL, LoraConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 from kardia_jax.config.tree import (
@@ -25,21 +32,26 @@ __all__ = [
     "FULL",
     "AdvantageConfig",
     "BenchConfig",
+    "CacheConfig",
     "Config",
     "ConfigError",
     "DataConfig",
+    "EndpointConfig",
     "EvalConfig",
     "GrpoConfig",
     "ImportBenchConfig",
     "JudgeConfig",
+    "JudgeSamplingConfig",
     "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ReplayConfig",
     "RewardConfig",
     "RunConfig",
     "SamplerConfig",
     "SftConfig",
+    "TrafficConfig",
     "flat",
     "from_json",
     "to_json",

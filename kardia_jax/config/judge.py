@@ -1,17 +1,173 @@
-"""The judge's part of the config: who marks, and what silence means."""
+"""The judge's part of the config: who marks, how it is asked, and what silence means.
 
-from dataclasses import dataclass
-from typing import Literal
+Fields of a kind that is not used are checked for sense and not for presence: `judge.endpoint.model` may be empty as
+long as `judge.kind` is not `endpoint`.
+"""
 
-from kardia_jax.config.errors import require
+import json
+import pathlib
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kardia_jax.config.errors import ConfigError, require
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """Servers that speak OpenAI's chat completions: vLLM, SGLang, llama.cpp, Ollama, OpenAI, DeepSeek."""
+
+    base_urls: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
+    """Addresses up to and with /v1. Several must serve the same model; a call goes to the one with the least load."""
+    model: str = ""
+    """The model's name as the server knows it (`GET /v1/models` lists it)."""
+    key_env: str = ""
+    """Name of the environment variable that holds the key; empty sends none. The key itself stands in no config."""
+    response_format: Literal["auto", "json_schema", "json_object", "none"] = "auto"
+    """How the answer is held to the rubric's JSON. auto: json_schema, and where the server refuses that with status 400
+    json_object, then none. Whatever comes is read strictly."""
+    extra_body: str = "{}"
+    """More fields of every request as a JSON object, e.g. '{"chat_template_kwargs": {"enable_thinking": false}}'."""
+    price_prompt: float = 0.0
+    """Price of a million prompt tokens, in any currency, for the metric `judge/cost`."""
+    price_completion: float = 0.0
+    """Price of a million completion tokens."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.base_urls), "judge.endpoint.base_urls", "at least one address", self.base_urls)
+        for url in self.base_urls:
+            _check_url("judge.endpoint.base_urls", url)
+        # Whoever pastes the key itself here must not find it in an error message.
+        named = self.key_env == "" or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.key_env) is not None
+        fix = "Put the key into a variable and give that variable's name."
+        require(named, "judge.endpoint.key_env", "the name of an environment variable", "something else (hidden)", fix)
+        require(self.price_prompt >= 0, "judge.endpoint.price_prompt", "0 or more", self.price_prompt)
+        require(self.price_completion >= 0, "judge.endpoint.price_completion", "0 or more", self.price_completion)
+        _ = self.extra
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """``extra_body`` as the object that it is."""
+        try:
+            read = json.loads(self.extra_body)
+        except ValueError:
+            read = None
+        if not isinstance(read, dict):
+            raise ConfigError("judge.endpoint.extra_body", "a JSON object", self.extra_body)
+        ours = {"model", "messages", "stream", "n"} & set(read)
+        require(not ours, "judge.endpoint.extra_body", "no field that the judge sets itself", sorted(ours))
+        return read
+
+
+@dataclass(frozen=True)
+class JudgeSamplingConfig:
+    """How the judging model draws its answers."""
+
+    temperature: float | None = 0.0
+    """0 takes the most likely token; none does not send it, for models that refuse the field."""
+    max_tokens: int = 1024
+    """Budget of one answer, thinking included."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the budget is called; OpenAI's reasoning models know max_completion_tokens alone."""
+    seed: int | None = None
+    """Sent with every request, plus the number of the sample and of the try; none sends no seed."""
+    samples: int = 1
+    """Answers per verdict; marks are averaged and their spread is recorded. Costs as many requests."""
+
+    def __post_init__(self) -> None:
+        name, t = "judge.sampling", self.temperature
+        require(t is None or 0 <= t <= 2, f"{name}.temperature", "none or a number in [0, 2]", t)
+        require(self.max_tokens >= 16, f"{name}.max_tokens", "at least 16", self.max_tokens)
+        require(self.samples >= 1, f"{name}.samples", "at least 1", self.samples)
+        fix = "At temperature 0 all samples are the same; raise judge.sampling.temperature."
+        require(self.samples == 1 or t != 0, f"{name}.samples", "1 at temperature 0", self.samples, fix)
+
+
+@dataclass(frozen=True)
+class TrafficConfig:
+    """What a server may be asked to bear, and how long it is waited for. All limits are per server."""
+
+    concurrency: int = 64
+    """Requests under way at once."""
+    requests_per_minute: int | None = None
+    """Most requests in any 60 seconds; none is unlimited."""
+    tokens_per_minute: int | None = None
+    """Most tokens in any 60 seconds: estimated before a request is sent, corrected by the usage it reports."""
+    call_seconds: float = 60.0
+    """One request, from sending to the last byte."""
+    deadline_seconds: float = 300.0
+    """All that is asked for at once, waiting and retries included; what is missing then is a failure."""
+    max_tries: int = 5
+    """Requests for one answer, the first included."""
+    retry_share: float = 0.2
+    """Retries may be at most this share of calls in the long run, whatever breaks: no retry storm."""
+    retry_reserve: int = 64
+    """Retries beyond the share that a burst of failures may use; calls that go well fill it up again."""
+    backoff_seconds: float = 0.5
+    """A retry waits a random time up to this, doubled with every further try."""
+    backoff_max_seconds: float = 30.0
+    """Longest such wait."""
+    breaker_failures: int = 8
+    """Failures in a row (no connection, timeout, status 5xx) after which a server is left alone for a while; then one
+    call probes it."""
+    breaker_seconds: float = 2.0
+    """First pause of the breaker; every failed probe doubles it, up to a minute."""
+
+    def __post_init__(self) -> None:
+        name = "judge.traffic"
+        require(1 <= self.concurrency <= 1000, f"{name}.concurrency", "1 to 1000", self.concurrency)
+        for limit in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, limit)
+            require(value is None or value >= 1, f"{name}.{limit}", "none or at least 1", value)
+        for positive in ("call_seconds", "deadline_seconds", "breaker_seconds"):
+            require(getattr(self, positive) > 0, f"{name}.{positive}", "more than 0", getattr(self, positive))
+        for natural in ("retry_share", "retry_reserve", "backoff_seconds", "backoff_max_seconds"):
+            require(getattr(self, natural) >= 0, f"{name}.{natural}", "0 or more", getattr(self, natural))
+        require(self.max_tries >= 1, f"{name}.max_tries", "at least 1", self.max_tries)
+        require(self.breaker_failures >= 1, f"{name}.breaker_failures", "at least 1", self.breaker_failures)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Verdicts that are kept on disk and not asked for again; processes may share one file."""
+
+    path: str = "auto"
+    """An SQLite file. auto: `kardia_jax/verdicts.sqlite` in the user's cache folder; off: none. Verdicts of an endpoint
+    are kept; the rules need no cache, and a replay is one."""
+    max_mb: int = 1024
+    """Size of the file, beyond which the verdicts that were unused for longest go."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "judge.cache.path", "auto, a file or off", self.path)
+        require(self.max_mb >= 1, "judge.cache.max_mb", "at least 1", self.max_mb)
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """A file of past verdicts in the place of a judge."""
+
+    path: pathlib.Path | None = None
+    """JSON Lines as `judge.record` writes them."""
+    missing: Literal["fail", "rules", "endpoint", "local", "remote"] = "fail"
+    """A reply that is not in the file: no verdict, or this other judge is asked."""
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
     """Who marks the rubric, and what its silence means."""
 
-    kind: Literal["rules"] = "rules"
-    """`rules`: the embedded, deterministic stand-in for an LLM judge."""
+    kind: Literal["rules", "endpoint", "local", "replay", "remote"] = "rules"
+    """rules: the embedded, deterministic stand-in for an LLM judge; endpoint: an OpenAI-compatible server; local: a
+    model in this process; replay: a file of past verdicts; remote: `kardia judge serve` elsewhere."""
+    rubric: str = "kardia_five"
+    """A rubric by its name, or a YAML file."""
+    record: pathlib.Path | None = None
+    """File to which every verdict is appended, with what was asked; `judge.replay.path` reads it."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    sampling: JudgeSamplingConfig = field(default_factory=JudgeSamplingConfig)
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     max_failure_share: float = 0.5
     """The run stops when more than this share of one step's verdicts is missing."""
     min_valid: int = 2
@@ -21,3 +177,19 @@ class JudgeConfig:
         share = self.max_failure_share
         require(0 <= share <= 1, "judge.max_failure_share", "a share in [0, 1]", share)
         require(self.min_valid >= 1, "judge.min_valid", "at least 1", self.min_valid)
+        require(bool(self.rubric), "judge.rubric", "a name or a file", self.rubric)
+        asked = {self.kind, self.replay.missing if self.kind == "replay" else self.kind}
+        if "endpoint" in asked:
+            fix = "Name the model that the server has loaded: --judge.endpoint.model NAME (GET /v1/models lists it)."
+            require(bool(self.endpoint.model), "judge.endpoint.model", "a model's name", self.endpoint.model, fix)
+        if self.kind == "replay":
+            fix = "Record one with --judge.record FILE and another judge.kind."
+            require(self.replay.path is not None, "judge.replay.path", "a file of verdicts", None, fix)
+
+
+def _check_url(name: str, url: str) -> None:
+    """An address of a server without credentials in it: addresses are shown in messages and saved with a run."""
+    fine = re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url) is not None
+    shown = "an address with user, password or query (hidden)" if re.search(r"[@?#]", url) else url
+    fix = "A key belongs into the variable that judge.endpoint.key_env names."
+    require(fine, name, "http(s)://host:port/v1", shown, fix)

@@ -9,7 +9,7 @@ failures, so that a broken judge is unknown and never 0.
 """
 
 import asyncio
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Verdict
 
@@ -27,19 +27,61 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class Measured(Protocol):
+    """A judge that counts what it does."""
+
+    def take_stats(self) -> dict[str, float]:
+        """Metrics under ``judge/`` since the last call."""
+        ...
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """A judge with connections of the running event loop."""
+
+    async def close(self) -> None:
+        """Gives them back; ``score`` may be called again afterwards, in this loop or another."""
+        ...
+
+
+class JudgeUnusableError(RuntimeError):
+    """No request can ever succeed (wrong key, unknown model): it stops the run, unlike a verdict that is missing."""
+
+
+def take_stats(judge: Judge) -> dict[str, float]:
+    """The judge's metrics since the last call; none where it does not count."""
+    return judge.take_stats() if isinstance(judge, Measured) else {}
+
+
+async def close(judge: Judge) -> None:
+    """Gives back the judge's connections, if it has any; for the end of an event loop."""
+    if isinstance(judge, Closeable):
+        await judge.close()
+
+
 def score_all(judge: Judge, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
     """The judge's answers from synchronous code, one per request, whatever happens.
 
     An exception of the judge, or a wrong number of answers, becomes one failure per request. Raises
-    RuntimeError inside a running event loop: await ``answers(judge, requests)`` there.
+    JudgeUnusableError, and RuntimeError inside a running event loop: await ``answers(judge, requests)`` there.
     """
-    return asyncio.run(answers(judge, requests)) if requests else []
+    return asyncio.run(_in_a_loop_of_its_own(judge, requests)) if requests else []
+
+
+async def _in_a_loop_of_its_own(judge: Judge, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
+    try:
+        return await answers(judge, requests)
+    finally:
+        await close(judge)
 
 
 async def answers(judge: Judge, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
-    """``judge.score`` with its exceptions and wrong counts turned into failures."""
+    """``judge.score`` with its exceptions and wrong counts turned into failures; JudgeUnusableError goes through."""
     try:
         given = await judge.score(requests)
+    except JudgeUnusableError:
+        raise
     except Exception as error:  # a judge may sit behind any network or library; whatever breaks there is unknown, not 0
         retryable = isinstance(error, (TimeoutError, OSError))
         failure = JudgeFailure(f"{judge.name}: {type(error).__name__}: {error}", retryable)
