@@ -15,6 +15,7 @@ from kardia_jax.dialogue.spans import Malformed, Spans, parse
 from kardia_jax.judge.factory import Maker, make_judge
 from kardia_jax.judge.protocol import Judge
 from kardia_jax.judge.scoring import Completion, score_completions
+from kardia_jax.local_judge import load_local_judge
 from kardia_jax.rewards.combine import Combined, Scores, combine
 from kardia_jax.rewards.diagnostics import criterion_means, verdict_signs
 from kardia_jax.rewards.kardia_five import KARDIA_FIVE
@@ -29,7 +30,7 @@ class Grader(NamedTuple):
     weights: RewardConfig
 
 
-MAKERS: dict[str, Maker] = {}
+MAKERS: dict[str, Maker] = {"local": load_local_judge}
 """Judges that need JAX, by ``judge.kind``: the room of judges knows the others itself."""
 
 
