@@ -172,3 +172,9 @@ def test_long_texts_take_no_time(text: str):
 def test_rules_that_cannot_work_are_refused(make, bad):
     with pytest.raises(ValueError, match="wanted"):
         make(bad)
+
+
+@pytest.mark.parametrize(("cap", "because"), [(0, "x"), (5, "x"), (2, " ")])
+def test_a_cap_that_cannot_be_a_lowered_mark_is_refused(cap, because):
+    with pytest.raises(ValueError, match=r"veto\."):
+        Veto(MaxWords(1), cap, because)
