@@ -25,12 +25,13 @@ LOWEST, HIGHEST = 1, 5
 
 Kind = Literal["judge_talk", "url", "tag", "markdown"]
 
-_URL = re.compile(r"(?:\bhttps?://|\bwww\.)\S+|\b[\w.-]+\.(?:com|org|net|io|ai|edu|gov)\b(?:/\S*)?", re.IGNORECASE)
+# Repetitions are bounded: no text, however long, makes a search take more than linear time.
+_URL = re.compile(r"(?:\bhttps?://|\bwww\.)\S+|\b[\w.-]{1,250}\.(?:com|org|net|io|ai|edu|gov)\b(?:/\S*)?", re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z_][^<>\n]{0,200}>|<\|[^<>\n]{0,200}\|>|\[/?[A-Z_]{3,}\]")
 # Headings, list items, tables, rules and quotes at the start of a line; bold, code and fences anywhere.
 _MARKDOWN = re.compile(
     r"^[ \t]{0,3}(?:\#{1,6}[ \t]|[-*+•][ \t]|\d{1,2}[.)][ \t]|>[ \t]|\|.*\||(?:[-*_][ \t]*){3,}$)"
-    r"|\*\*[^*\n]+\*\*|__[^_\n]+__|`[^`\n]+`|```|\[[^\]\n]+\]\([^)\n]+\)",
+    r"|\*\*[^*\n]{1,400}\*\*|__[^_\n]{1,400}__|`[^`\n]{1,400}`|```|\[[^\]\n]{1,400}\]\([^)\n]{1,400}\)",
     re.MULTILINE,
 )
 
