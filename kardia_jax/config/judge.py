@@ -197,13 +197,17 @@ class JudgeConfig:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     max_failure_share: float = 0.5
-    """The run stops when more than this share of one step's verdicts is missing."""
+    """The run saves its state and stops when more than this share of the verdicts in `failure_window` is missing, or
+    all of a step that asked for more than this share of its completions."""
+    failure_window: int = 10
+    """Steps over which missing verdicts are counted; at the start of a run those that there are."""
     min_valid: int = 2
     """A group with fewer verdicts than this is left out of the update."""
 
     def __post_init__(self) -> None:
         share = self.max_failure_share
         require(0 <= share <= 1, "judge.max_failure_share", "a share in [0, 1]", share)
+        require(self.failure_window >= 1, "judge.failure_window", "at least 1 step", self.failure_window)
         require(self.min_valid >= 1, "judge.min_valid", "at least 1", self.min_valid)
         require(bool(self.rubric), "judge.rubric", "a name or a file", self.rubric)
         asked = {self.kind, self.replay.missing if self.kind == "replay" else self.kind}
