@@ -320,10 +320,10 @@ def _bench(arguments: list[str]) -> None:
     print(json.dumps(found))
 
 
-def _judge(arguments: list[str]) -> int | None:
+def _judge(arguments: list[str]) -> None:
     from kardia_jax.judge_commands import run
 
-    return run(arguments, config_file)
+    run(arguments, config_file)
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {

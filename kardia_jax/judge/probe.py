@@ -16,15 +16,17 @@ Each repeat asks in another order, drawn from (seed, repeat). A verdict that is 
 enters no other number.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from kardia_jax.judge.agreement import beyond, deviation, mean, rank_correlation
 from kardia_jax.judge.calibration import ADVERSARIAL, Item
-from kardia_jax.judge.protocol import Judge, answers
+from kardia_jax.judge.protocol import Judge, answers, close
 from kardia_jax.rewards.rubric import HIGHEST, JudgeFailure, Rubric, Verdict, apply_vetoes, to_unit
 
 Answer = Verdict | JudgeFailure
@@ -105,6 +107,14 @@ class Probe:
     """The furthest first."""
 
 
+async def rounds(judge: Judge, items: Sequence[Item], repeats: int, seed: int = 0) -> list[Repeat]:
+    """All rounds, one after another. Raises JudgeUnusableError."""
+    try:
+        return [await ask(judge, items, repeat, seed) for repeat in range(repeats)]
+    finally:
+        await close(judge)
+
+
 async def ask(judge: Judge, items: Sequence[Item], repeat: int, seed: int = 0) -> Repeat:
     """One round, in an order of its own. Raises JudgeUnusableError."""
     order = np.random.default_rng([seed, repeat]).permutation(len(items))
@@ -115,13 +125,13 @@ async def ask(judge: Judge, items: Sequence[Item], repeat: int, seed: int = 0) -
 
 def evaluate(judge: str, rubric: Rubric, items: Sequence[Item], repeats: Sequence[Repeat]) -> Probe:
     """The numbers. Raises ProbeError for a rubric without any criterion that the items have bands for."""
-    _check(rubric, items)
-    rounds = [_Round(_marks(rubric, items, repeat.answers), repeat.places) for repeat in repeats]
-    marks = [_mean_marks([one.marks[i] for one in rounds]) for i in range(len(items))]
+    check_bands(rubric, items)
+    told = [_Round(_marks(rubric, items, repeat.answers), repeat.places) for repeat in repeats]
+    marks = [_mean_marks([one.marks[i] for one in told]) for i in range(len(items))]
     units = [math.nan if not row else to_unit(rubric, row) for row in marks]
     failures = [answer.reason for r in repeats for answer in r.answers if isinstance(answer, JudgeFailure)]
     rows = _rows(rubric, items, marks)
-    same, difference = _retest(rounds)
+    same, difference = _retest(told)
     pairs, right = _pairs(items, units)
     return Probe(
         judge=judge,
@@ -136,12 +146,35 @@ def evaluate(judge: str, rubric: Rubric, items: Sequence[Item], repeats: Sequenc
         pairs=pairs,
         pairs_right=right,
         length_bias=_length_bias(items, rows),
-        position_bias=_position_bias(rubric, rounds),
+        position_bias=_position_bias(rubric, told),
         same_again=same,
         difference_again=difference,
         caught=_caught(rows),
         misses=_misses(rows, items, repeats),
     )
+
+
+def check_bands(rubric: Rubric, items: Sequence[Item]) -> None:
+    """Raises ProbeError for a rubric without any criterion that the items have bands for."""
+    banded = {name for item in items for name in item.bands}
+    if not banded & set(rubric.names):
+        wanted, came = ", ".join(rubric.names), ", ".join(sorted(banded))
+        fix = "Write a calibration set for this rubric and name it with --items."
+        raise ProbeError(f"items: wanted bands for some of {wanted} ({rubric.name}), got bands for {came}. {fix}")
+
+
+def as_json(probe: Probe) -> dict[str, Any]:
+    """Every number under its name; null where it is not defined."""
+    return known(dataclasses.asdict(probe))
+
+
+def known(value: Any) -> Any:
+    """NaN as None, at any depth."""
+    if isinstance(value, dict):
+        return {name: known(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [known(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # --- marks ----------------------------------------------------------------------------------------------------
@@ -172,14 +205,6 @@ class _Row:
     @property
     def above_middle(self) -> float:
         return self.mark - sum(self.band) / 2
-
-
-def _check(rubric: Rubric, items: Sequence[Item]) -> None:
-    banded = {name for item in items for name in item.bands}
-    if not banded & set(rubric.names):
-        wanted, came = ", ".join(rubric.names), ", ".join(sorted(banded))
-        fix = "Write a calibration set for this rubric and name it with --items."
-        raise ProbeError(f"items: wanted bands for some of {wanted} ({rubric.name}), got bands for {came}. {fix}")
 
 
 def _marks(rubric: Rubric, items: Sequence[Item], given: Sequence[Answer]) -> list[Marks]:

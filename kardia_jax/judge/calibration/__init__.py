@@ -15,6 +15,7 @@ Kinds are ``HONEST`` (good, mediocre, bad) or ``ADVERSARIAL``: replies that want
 speak of the criteria of ``kardia_five``; for a rubric of your own, write a set of your own in the same form.
 """
 
+import difflib
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,15 @@ def load_calibration(places: Sequence[pathlib.Path] = ()) -> tuple[Item, ...]:
         twice = sorted({id for id in ids if ids.count(id) > 1})
         raise CalibrationError(f"calibration: wanted each id once, got {', '.join(twice)} twice.")
     return items
+
+
+def find_item(items: Sequence[Item], id: str) -> Item:
+    """The item of this id. Raises CalibrationError, with the ids that look most like it."""
+    found = {item.id: item for item in items}
+    if id not in found:
+        near = difflib.get_close_matches(id, found, n=3, cutoff=0.3) or sorted(found)[:3]
+        raise CalibrationError(f"item: wanted one of {len(found)}, like {', '.join(near)}, got {id!r}.")
+    return found[id]
 
 
 # --- one file -------------------------------------------------------------------------------------------------
