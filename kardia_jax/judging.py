@@ -8,7 +8,7 @@ judge, and the sentence with which the run stops when too many verdicts are miss
         sample(..., finished=grading.finished)          # (prompt, sample, text), as each completion ends
         ...                                              # the device goes on with log-probs
         graded = grading.graded()                        # waits for the verdicts that are not there yet
-        trouble = judging.trouble(graded)                # None, or why the run has to stop
+        judging.check(graded)                            # JudgeStopError when too many are missing
 """
 
 import math
@@ -20,12 +20,11 @@ from typing import Self
 
 from kardia_jax.config import JudgeConfig
 from kardia_jax.dialogue.prompt import Prompt
-from kardia_jax.judge.failures import FailureWindow
+from kardia_jax.judge.failures import FailureWindow, JudgeStopError
 from kardia_jax.judge.protocol import take_stats
 from kardia_jax.judge.scoring import Completion, request_of, scores_of
 from kardia_jax.judge.session import JudgeSession, Question, busy_seconds
 from kardia_jax.scoring import Graded, Grader, collected, read_answer
-
 
 GRACE_SECONDS = 1.0
 """Beyond the deadline, for a judge that keeps it itself and can say what was wrong."""
@@ -81,9 +80,11 @@ class Judging:
         """A step's completions are about to come."""
         return Grading(self._grader, self._session, prompts, group)
 
-    def trouble(self, graded: Graded) -> str | None:
-        """Counts the step's missing verdicts; why the run has to stop, if it has to."""
-        return self._window.add(graded.tally)
+    def check(self, graded: Graded) -> None:
+        """Counts the step's missing verdicts; raises JudgeStopError when too many of the last steps' are missing."""
+        trouble = self._window.add(graded.tally)
+        if trouble is not None:
+            raise JudgeStopError(trouble)
 
     def metrics(self) -> dict[str, float]:
         """What the judge counted since the last call: latency, retries, tokens, as far as it counts."""

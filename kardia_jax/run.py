@@ -11,20 +11,23 @@ A resumed run starts from the newest checkpoint, cuts both files back to its ste
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import optax
 
 from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
 from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, flat, to_json
+from kardia_jax.config.judge import NOT_THE_VERDICT
 from kardia_jax.dialogue.dataset import Loaded
 from kardia_jax.grpo.update import init_state
 from kardia_jax.hands import Hand, packed
 from kardia_jax.judge.failures import JudgeStopError
+from kardia_jax.judge.protocol import JudgeUnusableError
 from kardia_jax.observe.compilations import CompilationCounter
 from kardia_jax.observe.console import TrainingConsole
 from kardia_jax.observe.files import write_whole
@@ -90,15 +93,20 @@ class Run:
                 self._save(step, state, hands)
             self.compilations.take()  # The checksums are no program of the next step.
 
-    def pause(self, step: int, state: TrainState, hands: Iterable[Hand], why: str) -> NoReturn:
-        """Saves the state after step ``step``, the last good one, and stops the run: raises JudgeStopError."""
+    @contextmanager
+    def saved_before_stop(self, step: int, state: TrainState, hands: Iterable[Hand]) -> Iterator[None]:
+        """A judge that gives up inside stops the run, with the state after step ``step``, the last good one, saved:
+        raises JudgeStopError, which says so."""
         try:
-            self._save(step, state, hands)
-            self.checkpoints.wait()
-        except CheckpointError as error:
-            raise JudgeStopError(f"{why} Its state could not be saved either: {error}") from error
-        kept = f"The state after step {step} is saved in {self.config.dir}"
-        raise JudgeStopError(f"{why} {kept}: repair the judge and go on with --run.resume.")
+            yield
+        except (JudgeStopError, JudgeUnusableError) as error:
+            try:
+                self._save(step, state, hands)
+                self.checkpoints.wait()
+            except CheckpointError as second:
+                raise JudgeStopError(f"{error} Its state could not be saved either: {second}") from error
+            kept = f"The state after step {step} is saved in {self.config.dir}"
+            raise JudgeStopError(f"{error} {kept}: repair the judge and go on with --run.resume.") from error
 
     def _save(self, step: int, state: TrainState, hands: Iterable[Hand]) -> None:
         self.checkpoints.save(step, state, {"config": self.saved_config, "in_hand": [packed(hand) for hand in hands]})
@@ -167,8 +175,12 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """What must not change between a run and its resumption: everything but bookkeeping and evaluation."""
+    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, and how the judge
+    is reached, since a run that stopped for its judge goes on with a repaired one."""
     tree = json.loads(to_json(config))
+    for path in NOT_THE_VERDICT:
+        *parents, last = path.split(".")
+        functools.reduce(dict.__getitem__, parents, tree["judge"]).pop(last)
     return {name: part for name, part in tree.items() if name not in ("run", "eval")} | {"seed": config.run.seed}
 
 

@@ -124,10 +124,9 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
             hand = hands.popleft()
             asked, sampled, batch, grading = hand
             # ---- Grade; the device works on log-probs meanwhile
-            with timer.phase("judge"):
+            with timer.phase("judge"), run.saved_before_stop(step, state, (hand, *hands)):
                 graded = grading.graded()
-            if trouble := judging.trouble(graded):
-                run.pause(step, state, (hand, *hands), trouble)
+                judging.check(graded)
             with timer.phase("reference"):
                 jax.block_until_ready(batch)
             # ---- Learn

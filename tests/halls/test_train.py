@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kardia_jax import run as run_module
 from kardia_jax import judging, scoring, train, warmup
+from kardia_jax import run as run_module
 from kardia_jax.checkpoint import CheckpointError, latest_step, restore_latest
 from kardia_jax.config import ConfigError
 from kardia_jax.grpo.optimizer import make_optimizer
@@ -261,7 +261,7 @@ BOUNDARIES = {
     "after sampling": (train, "rollout_batch", 4),
     "while scoring": (train, "with_logprobs", 4),
     "before the judge": (judging.Grading, "graded", 3),
-    "after the judge": (judging.Judging, "trouble", 3),
+    "after the judge": (judging.Judging, "check", 3),
     "after the update": (train, "check_progress", 4),
     "before the rollouts are written": (run_module.JsonlWriter, "write", 7),
     "before the metrics are written": (run_module.JsonlWriter, "write", 8),
