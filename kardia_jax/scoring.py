@@ -18,8 +18,8 @@ from kardia_jax.judge.protocol import Judge
 from kardia_jax.judge.scoring import Completion, score_completions
 from kardia_jax.rewards.combine import NO_VERDICT, Combined, Scores, combine
 from kardia_jax.rewards.diagnostics import criterion_means, verdict_signs
-from kardia_jax.rewards.kardia_five import KARDIA_FIVE
 from kardia_jax.rewards.rubric import Rubric
+from kardia_jax.rewards.rubric.files import load_rubric
 
 
 class Grader(NamedTuple):
@@ -36,7 +36,8 @@ MAKERS: dict[str, Maker] = {}
 
 def make_grader(judge: JudgeConfig, weights: RewardConfig) -> Grader:
     """The grader that a config describes."""
-    return Grader(make_judge(judge, KARDIA_FIVE, MAKERS), KARDIA_FIVE, weights)
+    rubric = load_rubric(judge.rubric)
+    return Grader(make_judge(judge, rubric, MAKERS), rubric, weights)
 
 
 class Graded(NamedTuple):
