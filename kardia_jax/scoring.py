@@ -4,6 +4,7 @@ In: prompts and G texts each, exactly as sampled. Out: ``Graded`` with scores pe
 rows that go to rollouts.jsonl. A prompt that already holds the beginning of the answer (its prefill) is graded with it.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -123,6 +124,7 @@ def rollout_rows(
                 "profile": prompt.dialogue.person,
                 "situation": prompt.dialogue.situation,
                 "dialogue_so_far": [dict(message) for message in prompt.messages[1:]],
+                "rubric_items": [dataclasses.asdict(item) for item in prompt.dialogue.rubric_items],
                 "emotion": prompt.dialogue.emotion,
                 "completion": prompt.prefill + text,
                 "spans": vars(parsed) if isinstance(parsed, Spans) else None,

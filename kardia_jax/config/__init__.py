@@ -12,6 +12,7 @@ from kardia_jax.config.judge import (
 )
 from kardia_jax.config.lora import FULL, LoraConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
+from kardia_jax.config.serve import ServeConfig
 from kardia_jax.config.tree import (
     Config,
     DataConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SamplerConfig",
+    "ServeConfig",
     "SftConfig",
     "TrafficConfig",
     "flat",
