@@ -26,7 +26,9 @@ LOWEST, HIGHEST = 1, 5
 Kind = Literal["judge_talk", "url", "tag", "markdown"]
 
 # Repetitions are bounded: no text, however long, makes a search take more than linear time.
-_URL = re.compile(r"(?:\bhttps?://|\bwww\.)\S+|\b[\w.-]{1,250}\.(?:com|org|net|io|ai|edu|gov)\b(?:/\S*)?", re.IGNORECASE)
+_URL = re.compile(
+    r"(?:\bhttps?://|\bwww\.)\S+|\b[\w.-]{1,250}\.(?:com|org|net|io|ai|edu|gov)\b(?:/\S*)?", re.IGNORECASE
+)
 _TAG = re.compile(r"</?[A-Za-z_][^<>\n]{0,200}>|<\|[^<>\n]{0,200}\|>|\[/?[A-Z_]{3,}\]")
 # Headings, list items, tables, rules and quotes at the start of a line; bold, code and fences anywhere.
 _MARKDOWN = re.compile(
