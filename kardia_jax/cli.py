@@ -6,6 +6,7 @@
     kardia export runs/a out/a --dtype bfloat16
     kardia verify models/qwen --against transformers
     kardia bench step --model qwen2.5-0.5b --group 16
+    kardia judge serve --judge.kind rules
 
 A config file is Python with ``get_config() -> Config``; what follows overrides its fields. Errors that a person can
 mend are one message on stderr and exit code 2 (1 for a run that stopped, or checkpoints that differ);
@@ -37,6 +38,7 @@ USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
   verify   A B: are two checkpoints the same model?  A --against transformers: does ours compute what theirs does?
   doctor   what this machine and this installation can do
   bench    step, sample, update or import: seconds by phase, memory, and how near the machine's ceilings that is
+  judge    serve, probe or show: the judge over HTTP; whether it can be trusted; one graded completion in full
 
   kardia VERB --help lists every field with its default. CONFIG.py is a Python file with get_config()."""
 
@@ -318,6 +320,12 @@ def _bench(arguments: list[str]) -> None:
     print(json.dumps(found))
 
 
+def _judge(arguments: list[str]) -> int | None:
+    from kardia_jax.judge_commands import run
+
+    return run(arguments, config_file)
+
+
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": _demo,
     "sft": _sft,
@@ -328,4 +336,5 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "verify": _verify,
     "doctor": _doctor,
     "bench": _bench,
+    "judge": _judge,
 }

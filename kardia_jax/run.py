@@ -11,8 +11,9 @@ A resumed run starts from the newest checkpoint, cuts both files back to its ste
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +22,12 @@ import optax
 
 from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
 from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, flat, to_json
+from kardia_jax.config.judge import NOT_THE_VERDICT
 from kardia_jax.dialogue.dataset import Loaded
 from kardia_jax.grpo.update import init_state
+from kardia_jax.hands import Hand, packed
+from kardia_jax.judge.failures import JudgeStopError
+from kardia_jax.judge.protocol import JudgeUnusableError
 from kardia_jax.observe.compilations import CompilationCounter
 from kardia_jax.observe.console import TrainingConsole
 from kardia_jax.observe.files import write_whole
@@ -50,6 +55,8 @@ class Run:
     first_step: int
     state: TrainState
     """Where the loop starts: fresh, or restored."""
+    in_hand: list[Mapping[str, Any]]
+    """Rollouts of the next steps that a checkpoint held (``hands.packed``)."""
     timer: PhaseTimer
     compilations: CompilationCounter
     console: TrainingConsole
@@ -63,8 +70,10 @@ class Run:
         state: TrainState,
         metrics: Mapping[str, float],
         rollouts: Sequence[Mapping[str, object]] = (),
+        hands: Iterable[Hand] = (),
     ) -> None:
-        """Reports step ``step`` (counted from 1) and saves when it is time."""
+        """Reports step ``step`` (counted from 1) and saves when it is time, with the hands that are not learned from
+        yet."""
         seconds, compiled = self.timer.take(), self.compilations.take()
         metrics = {
             **metrics,
@@ -81,8 +90,26 @@ class Run:
         # next step.
         if due(step, self.config.save_every, self.steps):
             with self.timer.phase("save"):
-                self.checkpoints.save(step, state, {"config": self.saved_config})
+                self._save(step, state, hands)
             self.compilations.take()  # The checksums are no program of the next step.
+
+    @contextmanager
+    def saved_before_stop(self, step: int, state: TrainState, hands: Iterable[Hand]) -> Iterator[None]:
+        """A judge that gives up inside stops the run, with the state after step ``step``, the last good one, saved:
+        raises JudgeStopError, which says so."""
+        try:
+            yield
+        except (JudgeStopError, JudgeUnusableError) as error:
+            try:
+                self._save(step, state, hands)
+                self.checkpoints.wait()
+            except CheckpointError as second:
+                raise JudgeStopError(f"{error} Its state could not be saved either: {second}") from error
+            kept = f"The state after step {step} is saved in {self.config.dir}"
+            raise JudgeStopError(f"{error} {kept}: repair the judge and go on with --run.resume.") from error
+
+    def _save(self, step: int, state: TrainState, hands: Iterable[Hand]) -> None:
+        self.checkpoints.save(step, state, {"config": self.saved_config, "in_hand": [packed(hand) for hand in hands]})
 
 
 def report_data(console: TrainingConsole, loaded: Loaded, too_long: Sequence[str], used: str) -> None:
@@ -112,7 +139,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
     """Starts a run at its first step, or where its newest checkpoint stands with ``run.resume``."""
     folder = config.run.dir
     saved_config = comparable(config)
-    state, first_step = _start(config, saved_config, fresh)
+    state, first_step, in_hand = _start(config, saved_config, fresh)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         truncate_after(folder / name, first_step)
@@ -134,6 +161,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
                 steps,
                 first_step,
                 state,
+                in_hand,
                 PhaseTimer(),
                 compilations,
                 console,
@@ -147,8 +175,12 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """What must not change between a run and its resumption: everything but bookkeeping and evaluation."""
+    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, and how the judge
+    is reached, since a run that stopped for its judge goes on with a repaired one."""
     tree = json.loads(to_json(config))
+    for path in NOT_THE_VERDICT:
+        *parents, last = path.split(".")
+        functools.reduce(dict.__getitem__, parents, tree["judge"]).pop(last)
     return {name: part for name, part in tree.items() if name not in ("run", "eval")} | {"seed": config.run.seed}
 
 
@@ -160,18 +192,21 @@ def check_progress(state: TrainState, allowed: int, where: str) -> None:
         raise TrainingError(f"{where}.max_bad_steps: {bad} updates in a row had a gradient that is not finite. {fix}")
 
 
-def _start(config: Config, saved_config: dict[str, Any], fresh: TrainState) -> tuple[TrainState, int]:
+def _start(
+    config: Config, saved_config: dict[str, Any], fresh: TrainState
+) -> tuple[TrainState, int, list[Mapping[str, Any]]]:
+    """The state, the steps that it has behind it, and the rollouts of the next ones that were in hand."""
     folder = config.run.dir / "checkpoints"
     if not config.run.resume:
         refuse_existing(folder)
-        return fresh, 0
+        return fresh, 0, []
     places = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)
     restored = restore_latest(folder, places)
     if restored is None:
         fix = "Start without --run.resume."
         raise CheckpointError(f"run.resume: wanted a complete checkpoint in {folder}, got none. {fix}")
     _require_same(restored.extra["config"], saved_config)
-    return restored.state, restored.step
+    return restored.state, restored.step, restored.extra.get("in_hand", [])
 
 
 def _require_same(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> None:

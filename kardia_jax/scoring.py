@@ -13,13 +13,14 @@ from kardia_jax.config import JudgeConfig, RewardConfig
 from kardia_jax.dialogue.prompt import Prompt
 from kardia_jax.dialogue.spans import Malformed, Spans, parse
 from kardia_jax.judge.factory import Maker, make_judge
+from kardia_jax.judge.failures import JudgeStopError, Tally, shortage, too_many
 from kardia_jax.judge.protocol import Judge
 from kardia_jax.judge.scoring import Completion, score_completions
 from kardia_jax.local_judge import load_local_judge
-from kardia_jax.rewards.combine import Combined, Scores, combine
+from kardia_jax.rewards.combine import NO_VERDICT, Combined, Scores, combine
 from kardia_jax.rewards.diagnostics import criterion_means, verdict_signs
-from kardia_jax.rewards.kardia_five import KARDIA_FIVE
 from kardia_jax.rewards.rubric import Rubric
+from kardia_jax.rewards.rubric.files import load_rubric
 
 
 class Grader(NamedTuple):
@@ -36,7 +37,8 @@ MAKERS: dict[str, Maker] = {"local": load_local_judge}
 
 def make_grader(judge: JudgeConfig, weights: RewardConfig) -> Grader:
     """The grader that a config describes."""
-    return Grader(make_judge(judge, KARDIA_FIVE, MAKERS), KARDIA_FIVE, weights)
+    rubric = load_rubric(judge.rubric)
+    return Grader(make_judge(judge, rubric, MAKERS), rubric, weights)
 
 
 class Graded(NamedTuple):
@@ -47,41 +49,43 @@ class Graded(NamedTuple):
     combined: Combined
 
     @property
+    def tally(self) -> Tally:
+        """Verdicts asked for, and why some are missing; malformed completions are never sent to the judge."""
+        scores = [scores for row in self.scores_P_G for scores in row]
+        missing = (one.reasons.get("rubric", "").removeprefix(NO_VERDICT) for one in scores if not one.valid)
+        return Tally(sum(one.malformed is None for one in scores), len(scores), tuple(missing))
+
+    @property
     def failure_share(self) -> float:
-        """Missing verdicts over verdicts asked for; malformed completions are never sent to the judge."""
-        asked = sum(scores.malformed is None for row in self.scores_P_G for scores in row)
-        return float((~self.combined.valid_P_G).sum() / asked) if asked else 0.0
+        """Missing verdicts over verdicts asked for."""
+        asked, _, reasons = self.tally
+        return len(reasons) / asked if asked else 0.0
 
 
-class JudgeStopError(RuntimeError):
-    """Too many verdicts are missing for the rewards to mean anything."""
+def read_answer(prompt: Prompt, text: str) -> Completion:
+    """A sampled text as an answer at the prompt's turn; what the prompt has begun belongs to it."""
+    return Completion(prompt.dialogue, prompt.turn, parse(prompt.prefill + text))
 
 
 def grade(grader: Grader, prompts: Sequence[Prompt], texts_P_G: Sequence[Sequence[str]]) -> Graded:
     """Parses and scores every completion, with one call of the judge for all that it has to see."""
-    group = len(texts_P_G[0])
-    parsed_P_G = [
-        [parse(prompt.prefill + text) for text in texts] for prompt, texts in zip(prompts, texts_P_G, strict=True)
-    ]
-    asked = [
-        Completion(prompt.dialogue, prompt.turn, parsed)
-        for prompt, row in zip(prompts, parsed_P_G, strict=True)
-        for parsed in row
-    ]
-    scores = score_completions(grader.judge, grader.rubric, grader.weights, asked)
-    scores_P_G = [scores[start : start + group] for start in range(0, len(scores), group)]
-    return Graded(parsed_P_G, scores_P_G, combine(scores_P_G, grader.weights))
+    rows_P_G = [[read_answer(prompt, text) for text in texts] for prompt, texts in zip(prompts, texts_P_G, strict=True)]
+    rows = [row for group in rows_P_G for row in group]
+    return collected(rows_P_G, score_completions(grader.judge, grader.rubric, grader.weights, rows), grader.weights)
+
+
+def collected(rows_P_G: Sequence[Sequence[Completion]], scores: Sequence[Scores], weights: RewardConfig) -> Graded:
+    """Scores in the order of the rows, as groups with their rewards."""
+    group = len(rows_P_G[0])
+    scores_P_G = [list(scores[start : start + group]) for start in range(0, len(scores), group)]
+    parsed_P_G = [[row.parsed for row in rows] for rows in rows_P_G]
+    return Graded(parsed_P_G, scores_P_G, combine(scores_P_G, weights))
 
 
 def check_failures(graded: Graded, config: JudgeConfig) -> None:
-    """Stops a run whose judge fails too often; an unknown reward is never replaced by a number."""
-    share = graded.failure_share
-    if share > config.max_failure_share:
-        reasons = sorted({scores.reasons["rubric"] for row in graded.scores_P_G for scores in row if not scores.valid})
-        raise JudgeStopError(
-            f"judge.max_failure_share: {share:.0%} of this step's verdicts are missing, "
-            f"allowed are {config.max_failure_share:.0%}. First reason: {reasons[0]}. Repair the judge and resume."
-        )
+    """Stops an evaluation whose judge fails too often; an unknown reward is never replaced by a number."""
+    if too_many([graded.tally], config.max_failure_share):
+        raise JudgeStopError(f"{shortage([graded.tally], config.max_failure_share)} Repair the judge and run it again.")
 
 
 def reward_metrics(graded: Graded) -> dict[str, float]:

@@ -3,9 +3,17 @@
 In: a config, a policy to start from, a grader. Out: the trained policy. The policy that comes in stays as the reference
 when ``beta`` is above 0; with an adapter, the base under it does. Every random choice is derived from (seed, step,
 prompt, sample), so the loop holds no random state and a resumed run repeats an uninterrupted one bit for bit.
+
+The judge is asked about a completion as soon as it ends, while the device decodes the others and then scores them. With
+``grpo.lag`` 1 the next step is sampled before this one is learned from, so that the judge has a whole rollout's time:
+
+    lag 0    sample 0 | judge 0 | learn 0 | sample 1 | judge 1 | learn 1 | ...
+    lag 1    sample 0 | sample 1 | learn 0 | sample 2 | learn 1 | ...            judge i beside sample i + 1
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +29,8 @@ from kardia_jax.grpo.advantages import group_advantages, group_diagnostics, soft
 from kardia_jax.grpo.losses import entropy_floor, make_loss
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import completion_mask, grpo_objective
-from kardia_jax.judge.protocol import take_stats
+from kardia_jax.hands import Hand, taken_up
+from kardia_jax.judging import Judging
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.decoding import Storage
 from kardia_jax.observe.measures import merge, to_host, values
@@ -32,7 +41,7 @@ from kardia_jax.rewards.diagnostics import hacking_signs
 from kardia_jax.rollout.engine import Sampled, sample
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.run import check_progress, open_run, report_data, start_state
-from kardia_jax.scoring import Graded, Grader, check_failures, grade, reward_metrics, rollout_rows
+from kardia_jax.scoring import Graded, Grader, reward_metrics, rollout_rows
 from kardia_jax.types import GroupBatch, Params
 from kardia_jax.warmup import memory_errors, warm_grpo
 
@@ -78,28 +87,46 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
         reference = offloaded(reference, "grpo.offload_reference")
 
     # ---- Loop
-    with open_run(config, "grpo", steps, fresh) as run, memory_errors("grpo"):
+    with (
+        open_run(config, "grpo", steps, fresh) as run,
+        Judging(grader, config.judge) as judging,
+        memory_errors("grpo"),
+    ):
         state, timer = run.state, run.timer
         report_data(run.console, loaded, prompts.problems, f"{len(prompts.prompts)} prompts")
         # ---- The largest shapes first: what does not fit shows before the first step
         with timer.phase("warm-up"):
             longest = max((prompt.tokens for prompt in prompts.prompts), key=len)
             warm_grpo(config, policy, sampler, score, update, state, reference, longest)
-        for step in range(run.first_step, steps):
-            # ---- Sample
+
+        def begin(number: int, params: Params, kept: Mapping[str, Any] | None = None) -> Hand:
+            """Samples step ``number``, or takes up what a checkpoint kept of it. A completion goes to the judge when it
+            ends; then the device is given the log-probs to compute, and nobody waits for them here."""
+            ids = order[number]
+            asked = [prompts.prompts[i] for i in ids]
+            grading = judging.begin(asked, grpo.group)
             with timer.phase("rollout"):
-                ids = order[step]
-                asked = [prompts.prompts[i] for i in ids]
-                keys = row_keys(seed, Purpose.ROLLOUT, step, jnp.array(ids), grpo.group)
-                rows = [prompt.tokens for prompt in asked]
-                params = policy.full(state.params)
-                sampled = sample(sampler, params, rows, keys, controls, grpo.sampler.max_new_tokens)
-            # ---- Grade; the device works on the reference meanwhile
-            batch = rollout_batch(sampled, grpo)
-            batch = with_logprobs(batch, score, params, reference, grpo)
-            with timer.phase("judge"):
-                graded = grade(grader, asked, sampled.texts_P_G)
-                check_failures(graded, config.judge)
+                if kept is None:
+                    rows = [prompt.tokens for prompt in asked]
+                    keys = row_keys(seed, Purpose.ROLLOUT, number, jnp.array(ids), grpo.group)
+                    most = grpo.sampler.max_new_tokens
+                    sampled, known = sample(sampler, params, rows, keys, controls, most, grading.finished), {}
+                else:
+                    sampled, known = taken_up(kept, sampler, asked, grading)
+            batch = rollout_batch(sampled, grpo)._replace(**known)
+            return Hand(asked, sampled, with_logprobs(batch, score, params, reference, grpo), grading)
+
+        hands = deque(begin(run.first_step + n, policy.full(state.params), kept) for n, kept in enumerate(run.in_hand))
+        for step in range(run.first_step, steps):
+            # ---- Sample, `lag` steps ahead of the learner
+            while len(hands) <= min(grpo.lag, steps - 1 - step):
+                hands.append(begin(step + len(hands), policy.full(state.params)))
+            hand = hands.popleft()
+            asked, sampled, batch, grading = hand
+            # ---- Grade; the device works on log-probs meanwhile
+            with timer.phase("judge"), run.saved_before_stop(step, state, (hand, *hands)):
+                graded = grading.graded()
+                judging.check(graded)
             with timer.phase("reference"):
                 jax.block_until_ready(batch)
             # ---- Learn
@@ -120,13 +147,14 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
                 **reward_metrics(graded),
                 **signal,
                 **rollout_metrics(sampled, graded),
-                **take_stats(grader.judge),
+                **grading.metrics(),
+                **judging.metrics(),
                 "epoch": float(order.epoch_of(step)),
                 "learning_rate": float(np.asarray(rate(int(state.step) - 1))),
             }
             shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
             rows = list(rollout_rows(asked[shown], sampled.texts_P_G[shown], graded))
-            run.finish_step(step + 1, state, metrics, rows)
+            run.finish_step(step + 1, state, metrics, rows, hands)
     return policy._replace(params=state.params)
 
 
@@ -136,6 +164,7 @@ def rollout_batch(sampled: Sampled, grpo: GrpoConfig) -> GroupBatch:
     # Filtered sampling is corrected for by the weights if one is asked for; otherwise the learner's own distribution
     # is compared, so that the mismatch metric shows disagreement between programs alone.
     corrected = grpo.loss.correction != "none" or grpo.loss.off_policy_threshold is not None
+    recorded = grpo.off_policy and grpo.old_logprobs == "sampler"
     return GroupBatch(
         prompt_tokens=jnp.asarray(sampled.prompt_tokens),
         prompt_lengths=jnp.broadcast_to(sampled.prompt_lengths[:, None], rollouts.lengths.shape),
@@ -143,6 +172,7 @@ def rollout_batch(sampled: Sampled, grpo: GrpoConfig) -> GroupBatch:
         completion_lengths=jnp.asarray(rollouts.lengths),
         advantages=jnp.zeros(rollouts.lengths.shape),
         loss_rows=jnp.asarray(rollouts.stopped | (not grpo.loss.mask_truncated)),
+        old_logprobs=jnp.asarray(rollouts.tempered_logprobs) if recorded else None,
         sampler_logprobs=jnp.asarray(rollouts.sampler_logprobs if corrected else rollouts.tempered_logprobs),
     )
 
@@ -150,32 +180,35 @@ def rollout_batch(sampled: Sampled, grpo: GrpoConfig) -> GroupBatch:
 def with_logprobs(
     batch: GroupBatch, score: Score, params: Params, reference: Params | None, grpo: GrpoConfig
 ) -> GroupBatch:
-    """Adds old and reference log-probs and the entropy floor, each only where the loss will read it.
+    """Adds old and reference log-probs and the entropy floor, each only where the loss will read it and it is not there
+    yet; ``params`` are the weights that sampled.
 
-    With one update per rollout the ratio is 1 by definition and old log-probs are not computed.
+    With one update per rollout, and no lag, the ratio is 1 by definition and old log-probs are not computed.
     """
     temperature = jnp.float32(grpo.sampler.temperature)
     if reference is not None:
         batch = batch._replace(ref_logprobs=score(reference, batch, temperature)[0])
-    several = grpo.minibatches * grpo.passes > 1
-    if several or grpo.loss.top_entropy < 1:
+    wants_old = grpo.off_policy and batch.old_logprobs is None
+    wants_floor = grpo.loss.top_entropy < 1 and batch.entropy_floor is None
+    if wants_old or wants_floor:
         old, entropy = score(params, batch, temperature)
-        batch = batch._replace(old_logprobs=old if several else None)
-        if grpo.loss.top_entropy < 1:
+        batch = batch._replace(old_logprobs=old) if wants_old else batch
+        if wants_floor:
             floor = entropy_floor(entropy, completion_mask(batch), grpo.loss.top_entropy)
             batch = batch._replace(entropy_floor=floor)
     return batch
 
 
 def minibatches(batch: GroupBatch, grpo: GrpoConfig) -> list[GroupBatch]:
-    """The updates of one step. The first is on-policy, so its ratio is 1 by definition, not up to rounding."""
+    """The updates of one step. Without lag the first is on-policy, so its ratio is 1 by definition, not up to
+    rounding."""
     size = grpo.prompts // grpo.minibatches
 
     def cut(start: int) -> GroupBatch:
         return jax.tree.map(lambda x: x if x.ndim == 0 else x[start : start + size], batch)
 
     parts = [cut(start) for start in range(0, grpo.prompts, size)] * grpo.passes
-    return [parts[0]._replace(old_logprobs=None), *parts[1:]]
+    return parts if grpo.lag else [parts[0]._replace(old_logprobs=None), *parts[1:]]
 
 
 def advantages_of(graded: Graded, sampled: Sampled, config: Config) -> tuple[Float[Array, "P G"], dict[str, float]]:

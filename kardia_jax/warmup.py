@@ -71,16 +71,16 @@ def warm_grpo(
         temperature, floored = jnp.float32(grpo.sampler.temperature), grpo.loss.top_entropy < 1
         if reference is not None:
             batch = batch._replace(ref_logprobs=score(reference, batch, temperature)[0])
-        several = grpo.minibatches * grpo.passes > 1
-        if several or floored:
+        if grpo.off_policy or floored:
             old, entropy = score(params, batch, temperature)
             floor = entropy.min() if floored else None
-            batch = batch._replace(old_logprobs=old if several else None, entropy_floor=floor)
+            batch = batch._replace(old_logprobs=old if grpo.off_policy else None, entropy_floor=floor)
         jax.block_until_ready(batch)
         size = grpo.prompts // grpo.minibatches
         part = jax.tree.map(lambda x: x if x.ndim == 0 else x[:size], batch)
-    # The first update of a step is on-policy and has no old log-probs.
-    for one in [part._replace(old_logprobs=None)] + [part] * several:
+    # Without lag the first update of a step is on-policy and has no old log-probs.
+    first = [] if grpo.lag else [part._replace(old_logprobs=None)]
+    for one in first + [part] * grpo.off_policy:
         warm_update(update, state, one, policy.frozen, "grpo")
 
 

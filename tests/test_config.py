@@ -12,20 +12,25 @@ import pytest
 
 from kardia_jax.config import (
     AdvantageConfig,
+    CacheConfig,
     Config,
     ConfigError,
     DataConfig,
+    EndpointConfig,
     EvalConfig,
     GrpoConfig,
     JudgeConfig,
+    JudgeSamplingConfig,
     LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    ReplayConfig,
     RewardConfig,
     RunConfig,
     SamplerConfig,
     SftConfig,
+    TrafficConfig,
     flat,
     from_json,
     to_json,
@@ -244,7 +249,18 @@ OTHER = Config(
         lora=LoraConfig(8, 32.0, ("q_proj", "v_proj"), 0.25, "rslora", "bfloat16"),
     ),
     rewards=RewardConfig(0.5, 0.25, 0.125),
-    judge=JudgeConfig(max_failure_share=0.25, min_valid=3),
+    judge=JudgeConfig(
+        kind="replay",
+        rubric="rubrics/mine.yaml",
+        record=pathlib.Path("verdicts.jsonl"),
+        endpoint=EndpointConfig(("http://a:1/v1", "http://b:2/v1"), "m", "A_KEY", "none", '{"top_k": 1}', 0.5, 2.0),
+        sampling=JudgeSamplingConfig(None, 512, "max_completion_tokens", 5, 3),
+        traffic=TrafficConfig(8, 60, 90_000, 20.0, 100.0, 3, 0.1, 5, 0.25, 10.0, 4, 1.0),
+        cache=CacheConfig("off", 64),
+        replay=ReplayConfig(pathlib.Path("old.jsonl"), "endpoint"),
+        max_failure_share=0.25,
+        min_valid=3,
+    ),
     sft=SftConfig(0.5, 6, 3, None, 4, OTHER_OPTIMIZER),
     grpo=GrpoConfig(
         steps=11,
@@ -284,11 +300,11 @@ OTHER = Config(
     ),
     eval=EvalConfig(SamplerConfig(0.25, 5, 0.5, 0.25, 44, 7, "bfloat16", "int8"), 3, 2, "last"),
 )
-# One choice only, a switch that needs a model without adapter, a switch that belongs to one preset, an adapter's
+# A switch that needs a model without adapter, a switch that belongs to one preset, an adapter's
 # directory, which names its own rank, and what stands instead of equal micro-batches.
 MUON = ("sft.optimizer.muon_learning_rate", "grpo.optimizer.muon_learning_rate")
 TOKENS = ("sft.tokens_per_micro_batch", "grpo.tokens_per_micro_batch")
-FIXED = {"judge.kind", "grpo.offload_reference", "grpo.loss.cispo_clip", "model.adapter", *MUON, *TOKENS}
+FIXED = {"grpo.offload_reference", "grpo.loss.cispo_clip", "model.adapter", *MUON, *TOKENS}
 
 
 def test_the_other_tree_differs_from_the_default_everywhere():

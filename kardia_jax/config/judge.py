@@ -13,6 +13,13 @@ from typing import Any, Literal
 from kardia_jax.config.errors import ConfigError, require
 from kardia_jax.config.local_judge import LocalJudgeConfig
 
+NOT_THE_VERDICT = (
+    *("endpoint.base_urls", "endpoint.key_env", "endpoint.price_prompt", "endpoint.price_completion"),
+    *("traffic", "cache", "record", "max_failure_share", "failure_window"),
+)
+"""Fields that decide how a verdict is reached, paid, kept and counted, and not what it says: a run may be resumed with
+others."""
+
 
 @dataclass(frozen=True)
 class EndpointConfig:
@@ -37,7 +44,7 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         require(bool(self.base_urls), "judge.endpoint.base_urls", "at least one address", self.base_urls)
         for url in self.base_urls:
-            _check_url("judge.endpoint.base_urls", url)
+            _check_url("judge.endpoint.base_urls", url, "http(s)://host:port/v1", "judge.endpoint.key_env")
         # Whoever pastes the key itself here must not find it in an error message.
         named = self.key_env == "" or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.key_env) is not None
         fix = "Put the key into a variable and give that variable's name."
@@ -154,6 +161,33 @@ class ReplayConfig:
 
 
 @dataclass(frozen=True)
+class RemoteConfig:
+    """`kardia judge serve`, on this machine or another."""
+
+    urls: tuple[str, ...] = ("http://127.0.0.1:8600",)
+    """Addresses without a path. Several must serve the same judge and rubric; each batch goes to the one with the least
+    load."""
+    token_env: str = "KARDIA_JUDGE_TOKEN"
+    """Name of the environment variable that holds the bearer token; where it is not set, none is sent."""
+    batch: int = 32
+    """Most completions in one request; the server allows `--max-batch`."""
+    gather_seconds: float = 0.01
+    """A completion waits so long for others to travel with."""
+
+    def __post_init__(self) -> None:
+        name = "judge.remote"
+        require(bool(self.urls), f"{name}.urls", "at least one address", self.urls)
+        for url in self.urls:
+            _check_url(f"{name}.urls", url, "http(s)://host:port", "judge.remote.token_env")
+            require(not url.endswith("/"), f"{name}.urls", "an address without a slash at its end", url)
+        named = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.token_env) is not None
+        fix = "Put the token into a variable and give that variable's name."
+        require(named, f"{name}.token_env", "the name of an environment variable", "something else (hidden)", fix)
+        require(self.batch >= 1, f"{name}.batch", "at least 1", self.batch)
+        require(0 <= self.gather_seconds <= 1, f"{name}.gather_seconds", "0 to 1", self.gather_seconds)
+
+
+@dataclass(frozen=True)
 class JudgeConfig:
     """Who marks the rubric, and what its silence means."""
 
@@ -170,14 +204,19 @@ class JudgeConfig:
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     max_failure_share: float = 0.5
-    """The run stops when more than this share of one step's verdicts is missing."""
+    """The run saves its state and stops when more than this share of the verdicts in `failure_window` is missing, or
+    all of a step that asked for more than this share of its completions."""
+    failure_window: int = 10
+    """Steps over which missing verdicts are counted; at the start of a run those that there are."""
     min_valid: int = 2
     """A group with fewer verdicts than this is left out of the update."""
 
     def __post_init__(self) -> None:
         share = self.max_failure_share
         require(0 <= share <= 1, "judge.max_failure_share", "a share in [0, 1]", share)
+        require(self.failure_window >= 1, "judge.failure_window", "at least 1 step", self.failure_window)
         require(self.min_valid >= 1, "judge.min_valid", "at least 1", self.min_valid)
         require(bool(self.rubric), "judge.rubric", "a name or a file", self.rubric)
         asked = {self.kind, self.replay.missing if self.kind == "replay" else self.kind}
@@ -192,9 +231,8 @@ class JudgeConfig:
             require(self.replay.path is not None, "judge.replay.path", "a file of verdicts", None, fix)
 
 
-def _check_url(name: str, url: str) -> None:
+def _check_url(name: str, url: str, wanted: str, secret: str) -> None:
     """An address of a server without credentials in it: addresses are shown in messages and saved with a run."""
     fine = re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", url) is not None
     shown = "an address with user, password or query (hidden)" if re.search(r"[@?#]", url) else url
-    fix = "A key belongs into the variable that judge.endpoint.key_env names."
-    require(fine, name, "http(s)://host:port/v1", shown, fix)
+    require(fine, name, wanted, shown, f"A secret belongs into the variable that {secret} names.")

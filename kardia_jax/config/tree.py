@@ -254,6 +254,12 @@ class GrpoConfig:
     """Updates in one pass over the rollouts; each takes prompts / minibatches groups."""
     passes: int = 1
     """Passes over the same rollouts."""
+    lag: int = 0
+    """Steps that the sampler is ahead of the learner: with 1 the next step is sampled while this one is judged, and
+    rollouts are one step old when they are learned from (importance ratios account for it)."""
+    old_logprobs: Literal["score", "sampler"] = "score"
+    """Where an update with other weights than those that sampled takes the sampling weights' log-probs from: a pass of
+    the learner's own program before the first update, or what the sampler recorded (no pass; rounding differs)."""
     micro_batches: int = 1
     """Slices of a minibatch whose gradients are added before the update."""
     tokens_per_micro_batch: int | None = None
@@ -273,6 +279,7 @@ class GrpoConfig:
         require(self.prompts >= 1, "grpo.prompts", "at least 1", self.prompts)
         require(self.group >= 2, "grpo.group", "at least 2: a group of one has nothing to compare", self.group)
         require(self.passes >= 1, "grpo.passes", "at least 1", self.passes)
+        require(self.lag in (0, 1), "grpo.lag", "0 or 1", self.lag)
         fix = "Pick a divisor of grpo.prompts."
         divides = self.minibatches >= 1 and self.prompts % self.minibatches == 0
         require(divides, "grpo.minibatches", f"a divisor of grpo.prompts = {self.prompts}", self.minibatches, fix)
@@ -295,6 +302,11 @@ class GrpoConfig:
         )
         fix = "Greedy completions of one prompt are all alike; set grpo.sampler.temperature above 0."
         require(self.sampler.temperature > 0, "grpo.sampler.temperature", "more than 0", 0.0, fix)
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether some update is made with other weights than those that sampled: the ratio is then not 1."""
+        return self.lag > 0 or self.minibatches * self.passes > 1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ over micro-batches and divided once by the summed weight, so the split never cha
 adds one micro-batch and ``apply_sums`` divides and steps: ``make_update`` makes one program of them, for micro-batches
 of one shape; where shapes differ, each is a program of its own.
 
-A gradient that is not finite changes nothing but the count of bad steps.
+A gradient that is not finite changes nothing but the count of bad steps. A batch without a single kept token (every
+verdict missing) is no evidence: parameters, moments and schedule stay as they are, where a gradient of 0 would still
+have decayed the weights and moved them by the momentum of earlier steps.
 """
 
 from collections.abc import Callable
@@ -37,6 +39,8 @@ class Sums(NamedTuple):
     gradient: Params
     """Of the sum of the loss."""
     loss: Mean
+    tokens: Int[Array, ""]
+    """That were kept."""
 
 
 Accumulate = Callable[[Sums, Params, GroupBatch, Int[Array, ""]], tuple[Sums, dict[str, Mean]]]
@@ -96,7 +100,7 @@ def split(batch: GroupBatch, parts: int) -> GroupBatch:
 
 def no_sums(params: Params) -> Sums:
     """What accumulation starts from."""
-    return Sums(jax.tree.map(jnp.zeros_like, params), Mean(jnp.float32(0), jnp.float32(0)))
+    return Sums(jax.tree.map(jnp.zeros_like, params), Mean(jnp.float32(0), jnp.float32(0)), jnp.int32(0))
 
 
 def make_accumulate(forward: Forward, objective: Objective) -> Accumulate:
@@ -112,7 +116,7 @@ def make_accumulate(forward: Forward, objective: Objective) -> Accumulate:
         sums: Sums, params: Params, batch: GroupBatch, place: Int[Array, ""]
     ) -> tuple[Sums, dict[str, Mean]]:
         gradient, (loss, metrics) = jax.grad(undivided, has_aux=True)(params, batch, place)
-        return jax.tree.map(jnp.add, sums, Sums(gradient, loss)), metrics
+        return jax.tree.map(jnp.add, sums, Sums(gradient, loss, completion_mask(batch).sum())), metrics
 
     return accumulate
 
@@ -123,7 +127,7 @@ def apply_sums(
     """The one division, then the optimizer; ``loss`` and ``grad_norm``-like scalars of weight 1 beside the state."""
     weight = jnp.maximum(sums.loss.weight, 1e-8)
     gradient = jax.tree.map(lambda g: g / weight, sums.gradient)
-    state, norms = apply_gradient(state, gradient, jnp.isfinite(sums.loss.sum), optimizer)
+    state, norms = apply_gradient(state, gradient, jnp.isfinite(sums.loss.sum), sums.tokens > 0, optimizer)
     return state, norms | {"loss": sums.loss}
 
 
@@ -146,9 +150,13 @@ def make_update(
 
 
 def apply_gradient(
-    state: TrainState, gradient: Params, loss_finite: Bool[Array, ""], optimizer: optax.GradientTransformation
+    state: TrainState,
+    gradient: Params,
+    loss_finite: Bool[Array, ""],
+    evidence: Bool[Array, ""],
+    optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """One optimizer step, or none at all when the loss or the gradient is not finite.
+    """One optimizer step; none at all without evidence, or when the loss or the gradient is not finite.
 
     An optimizer state that lives in host memory is fetched for the step and goes back there.
     """
@@ -158,19 +166,21 @@ def apply_gradient(
     changes, opt_state = optimizer.update(gradient, before, state.params)
     params = optax.apply_updates(state.params, changes)
 
+    steps = good & evidence
+
     def choose(new: Array, old: Array) -> Array:
-        return jnp.where(good, new, old)
+        return jnp.where(steps, new, old)
 
     new = TrainState(
         step=state.step + 1,
         params=jax.tree.map(choose, params, state.params),
         opt_state=where_it_was(jax.tree.map(choose, opt_state, before), state.opt_state),
-        bad_steps=jnp.where(good, 0, state.bad_steps + 1),
+        bad_steps=jnp.where(good, jnp.where(evidence, 0, state.bad_steps), state.bad_steps + 1),
     )
     one = jnp.float32(1)
     norms = {
         "grad_norm": Mean(norm, one),
-        "update_norm": Mean(jnp.where(good, optax.tree.norm(changes), 0.0), one),
-        "skipped": Mean((~good).astype(jnp.float32), one),
+        "update_norm": Mean(jnp.where(steps, optax.tree.norm(changes), 0.0), one),
+        "skipped": Mean((~steps).astype(jnp.float32), one),
     }
     return new, norms

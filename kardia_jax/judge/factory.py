@@ -24,7 +24,7 @@ Maker = Callable[[JudgeConfig, Rubric], Judge]
 
 def make_judge(config: JudgeConfig, rubric: Rubric, makers: Mapping[str, Maker] | None = None) -> Judge:
     """The judge of ``config.kind``; raises ConfigError where something that it needs is missing."""
-    known = {"rules": rules, "endpoint": endpoint, **(makers or {})}
+    known = {"rules": rules, "endpoint": endpoint, "remote": remote, **(makers or {})}
     if config.kind == "replay":
         judge: Judge = replay(config, rubric, makers or {})
     elif config.kind in known:
@@ -56,6 +56,19 @@ def endpoint(config: JudgeConfig, rubric: Rubric) -> Judge:
     key = key_of(config.endpoint, os.environ)
     cache = open_cache(config.cache)
     return EndpointJudge(config.endpoint, config.sampling, config.traffic, rubric, key, cache)
+
+
+def remote(config: JudgeConfig, rubric: Rubric) -> Judge:
+    """A judge that `kardia judge serve` has put behind HTTP."""
+    try:
+        from kardia_jax.judge.remote import RemoteJudge
+    except ModuleNotFoundError as error:
+        if error.name != "httpx2":
+            raise
+        fix = "pip install 'kardia_jax[judge]'"
+        raise ConfigError("judge.kind", "the package httpx2 for remote", "none installed", fix) from error
+    token = os.environ.get(config.remote.token_env, "").strip()
+    return RemoteJudge(config.remote, config.traffic, rubric, token)
 
 
 def replay(config: JudgeConfig, rubric: Rubric, makers: Mapping[str, Maker]) -> Judge:

@@ -28,6 +28,15 @@ class Judge(Protocol):
 
 
 @runtime_checkable
+class InProcess(Protocol):
+    """What a judge says that may compute on the device of this process. While True it is asked about all completions
+    of a step in one batch, on the thread of the loop, and nothing of it is hidden behind the rollout."""
+
+    @property
+    def in_process(self) -> bool: ...
+
+
+@runtime_checkable
 class Measured(Protocol):
     """A judge that counts what it does."""
 
@@ -47,6 +56,11 @@ class Closeable(Protocol):
 
 class JudgeUnusableError(RuntimeError):
     """No request can ever succeed (wrong key, unknown model): it stops the run, unlike a verdict that is missing."""
+
+
+def is_in_process(judge: Judge) -> bool:
+    """Whether the judge has to be asked on the thread of the loop; see ``InProcess``."""
+    return isinstance(judge, InProcess) and judge.in_process
 
 
 def take_stats(judge: Judge) -> dict[str, float]:

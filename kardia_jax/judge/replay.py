@@ -20,7 +20,7 @@ import threading
 from typing import Any
 
 from kardia_jax.config import ConfigError
-from kardia_jax.judge.protocol import Judge, answers, close, take_stats
+from kardia_jax.judge.protocol import Judge, answers, close, is_in_process, take_stats
 from kardia_jax.judge.records import request_key, verdict_from_json, verdict_to_json
 from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Rubric, Verdict
 
@@ -35,6 +35,11 @@ class ReplayJudge:
         self._verdicts = load_recording(path)
         self._lock = threading.Lock()
         self._found = self._missing = 0
+
+    @property
+    def in_process(self) -> bool:
+        """As the other judge."""
+        return self._otherwise is not None and is_in_process(self._otherwise)
 
     async def score(self, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
         """One answer per request, in order."""
@@ -77,6 +82,11 @@ class Recorder:
             _end_last_line(path)
         except OSError as error:
             raise ConfigError("judge.record", "a file that can be written", str(path), str(error)) from error
+
+    @property
+    def in_process(self) -> bool:
+        """As the other judge."""
+        return is_in_process(self._judge)
 
     async def score(self, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
         """What the other judge says."""

@@ -17,7 +17,7 @@ from kardia_jax.dialogue.dataset import Dialogue
 from kardia_jax.dialogue.spans import Malformed, Spans
 from kardia_jax.judge.protocol import Judge, score_all
 from kardia_jax.rewards.combine import Scores, judge_request, score_completion
-from kardia_jax.rewards.rubric import Rubric, with_items
+from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Rubric, Verdict, with_items
 
 
 class Completion(NamedTuple):
@@ -28,20 +28,24 @@ class Completion(NamedTuple):
     parsed: Spans | Malformed
 
 
+def request_of(row: Completion, weights: RewardConfig) -> JudgeRequest | None:
+    """What the judge is asked about a completion; None where nobody is asked."""
+    if isinstance(row.parsed, Malformed) or weights.rubric == 0:
+        return None
+    return judge_request(row.dialogue, row.turn, row.parsed)
+
+
+def scores_of(row: Completion, said: Verdict | JudgeFailure | None, rubric: Rubric) -> Scores:
+    """The scores of one completion; ``said`` is None where nobody was asked."""
+    return score_completion(row.parsed, row.dialogue.emotion, said, with_items(rubric, row.dialogue.rubric_items))
+
+
 def score_completions(
     judge: Judge, rubric: Rubric, weights: RewardConfig, completions: Sequence[Completion]
 ) -> list[Scores]:
     """Format, emotion and rubric of every completion; one call of the judge for all that it has to see."""
-    asked = [
-        (index, judge_request(row.dialogue, row.turn, row.parsed))
-        for index, row in enumerate(completions)
-        if isinstance(row.parsed, Spans) and weights.rubric > 0
-    ]
-    given = score_all(judge, [request for _, request in asked])
-    said = {index: answer for (index, _), answer in zip(asked, given, strict=True)}
-    return [
-        score_completion(
-            row.parsed, row.dialogue.emotion, said.get(index), with_items(rubric, row.dialogue.rubric_items)
-        )
-        for index, row in enumerate(completions)
-    ]
+    asked = {
+        place: request for place, row in enumerate(completions) if (request := request_of(row, weights)) is not None
+    }
+    said = dict(zip(asked, score_all(judge, list(asked.values())), strict=True))
+    return [scores_of(row, said.get(place), rubric) for place, row in enumerate(completions)]

@@ -34,7 +34,8 @@ class Trouble(Exception):
     def __init__(self, what: Fault, reason: str, retryable: bool, retry_after: float | None = None):
         """``retry_after``: seconds for which the server asked to be left alone."""
         super().__init__(reason)
-        self.what, self.reason, self.retryable, self.retry_after = what, reason, retryable, retry_after
+        self.what: Fault = what
+        self.reason, self.retryable, self.retry_after = reason, retryable, retry_after
 
 
 class Sent(NamedTuple, Generic[Answer]):
@@ -144,10 +145,10 @@ class Traffic:
         ``deadline``: on the loop's clock; None is ``deadline_seconds`` from now. Raises Trouble.
         """
         limit = asyncio.get_running_loop().time() + self.config.deadline_seconds if deadline is None else deadline
-        progress = Progress()
+        progress, timeout = Progress(), asyncio.timeout_at(limit)
         self.budget.earn()
         try:
-            async with asyncio.timeout_at(limit) as timeout:
+            async with timeout:
                 return await self._tries(send, cost, limit, progress)
         except TimeoutError:
             if not timeout.expired():

@@ -47,6 +47,7 @@ ROWS = (
     Row("grad_norm", "grad norm", ".3g"),
     Row("dead_groups", "dead groups", ".0%"),
     Row("judge_failures", "judge failures", ".0%"),
+    Row("judge/hidden_share", "judge hidden", ".0%"),
 )
 SPEED = "tokens_per_second"
 PLAIN_LINES = 40

@@ -42,6 +42,8 @@ from kardia_jax.rewards.rubric import (
 )
 
 TERMS = ("format", "emotion", "rubric")
+NO_VERDICT = "no verdict: "
+"""How the reason of a completion begins whose verdict is missing."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def score_completion(
         why = {"rubric": "not judged: its weight is 0"}
         return Scores(form, emotion, None, None, valid=True, reasons=why, flag=flag)
     if isinstance(said, JudgeFailure):
-        why = {"rubric": f"no verdict: {said.reason}"}
+        why = {"rubric": f"{NO_VERDICT}{said.reason}"}
         return Scores(form, emotion, None, None, valid=False, reasons=why, flag=flag)
     return _judged(parsed, form, emotion, said, rubric, flag)
 

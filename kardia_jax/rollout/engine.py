@@ -68,8 +68,7 @@ def sample(
     texts_P_G = [[""] * keys.shape[1] for _ in prompts]
 
     def ended(prompt: int, sample: int, tokens: Int[np.ndarray, " n"]) -> None:
-        said = _without_end(tokens.tolist(), sampler.silent_ids)
-        text = texts_P_G[prompt][sample] = decode_completion(sampler.tokenizer, said, frozenset())
+        text = texts_P_G[prompt][sample] = text_of(sampler, tokens)
         if finished is not None:
             finished(prompt, sample, text)
 
@@ -86,6 +85,11 @@ def sample(
     )
     used = min(length_buckets(max(SHORTEST, int(rollouts.lengths.max()))), max_new_tokens)
     return Sampled(prompt_tokens, prompt_lengths, _cut(rollouts, used), texts_P_G)
+
+
+def text_of(sampler: Sampler, tokens: Int[np.ndarray, " n"]) -> str:
+    """What a completion says: every special token, less an end-of-turn token that ends it."""
+    return decode_completion(sampler.tokenizer, _without_end(tokens.tolist(), sampler.silent_ids), frozenset())
 
 
 def _without_end(row: list[int], silent_ids: Set[int]) -> list[int]:

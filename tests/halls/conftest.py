@@ -1,5 +1,6 @@
 """A tiny world for the halls: a random model, a few short dialogues, and every program compiled once per session."""
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -147,21 +148,37 @@ def fresh_policy(nano_policy) -> Callable[[], Policy]:
 
 
 class FakeJudge(NamedTuple):
-    """Marks by a checksum of the reply; stays silent on the requests whose place in the call is in ``silent``."""
+    """Marks by a checksum of the reply; stays silent on the requests whose place in the call is in ``silent``.
+
+    With ``in_process`` it is asked about a step in one call, so places count over the step.
+    """
 
     silent: frozenset[int] = frozenset()
     name: str = "fake"
+    in_process: bool = True
 
     def marks(self, reply: str) -> dict[str, int]:
         return {c.name: 1 + zlib.crc32(f"{c.name} {reply}".encode()) % 5 for c in KARDIA_FIVE.criteria}
 
+    def verdict(self, request: JudgeRequest) -> Verdict:
+        return Verdict(tuple(Mark(name, mark, "checksum") for name, mark in self.marks(request.reply).items()))
+
     async def score(self, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
         return [
-            JudgeFailure("too busy", retryable=True)
-            if place in self.silent
-            else Verdict(tuple(Mark(name, mark, "checksum") for name, mark in self.marks(request.reply).items()))
+            JudgeFailure("too busy", retryable=True) if place in self.silent else self.verdict(request)
             for place, request in enumerate(requests)
         ]
+
+
+class SlowJudge(NamedTuple):
+    """``FakeJudge`` on a network: asked about each completion as it ends, and answers in another order."""
+
+    name: str = "slow"
+
+    async def score(self, requests: list[JudgeRequest]) -> list[Verdict | JudgeFailure]:
+        # Milliseconds by the reply, so that answers overtake each other.
+        await asyncio.sleep(zlib.crc32(requests[0].reply.encode()) % 8 / 1000)
+        return [FakeJudge().verdict(request) for request in requests]
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +189,11 @@ def grader_of() -> Callable[..., Grader]:
         return Grader(judge or FakeJudge(frozenset(silent)), KARDIA_FIVE, RewardConfig(**(weights or {})))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def slow_judge() -> SlowJudge:
+    return SlowJudge()
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,9 @@ def test_a_judge_that_answers_too_little_is_unknown():
 def test_the_share_of_failures_decides_whether_to_stop():
     graded = grade(scripted(5, BUSY), [prompt()], [[answer(), answer()]])
     check_failures(graded, JudgeConfig(max_failure_share=0.5))
-    message = r"judge\.max_failure_share: 50% of this step's.*allowed are 40%.*too busy.*Repair the judge and resume"
+    message = (
+        r"judge\.max_failure_share: 1 of 2 verdicts are missing \(50%\), allowed are 40%. Why: 1 x too busy. Repair"
+    )
     with pytest.raises(JudgeStopError, match=message):
         check_failures(graded, JudgeConfig(max_failure_share=0.4))
 

@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kardia_jax import judging, scoring, train, warmup
 from kardia_jax import run as run_module
-from kardia_jax import scoring, train, warmup
 from kardia_jax.checkpoint import CheckpointError, latest_step, restore_latest
 from kardia_jax.config import ConfigError
 from kardia_jax.grpo.optimizer import make_optimizer
@@ -33,9 +35,10 @@ def final_state(config, params):
 
 
 def without_clocks(rows):
-    """Less what a resumed process does anew: the time it takes and what it compiles."""
+    """Less what a resumed process does anew: the time that it and its judge take, and what it compiles."""
     anew = ("tokens_per_second", "compilations")
-    return [{k: v for k, v in one.items() if not k.startswith("seconds/") and k not in anew} for one in rows]
+    clocks = ("seconds/", "judge/")
+    return [{k: v for k, v in one.items() if not k.startswith(clocks) and k not in anew} for one in rows]
 
 
 @pytest.fixture
@@ -137,7 +140,7 @@ def test_a_step_without_any_verdict_teaches_nothing_when_it_is_allowed(
     assert not any(batch.loss_rows.any() or batch.advantages.any() for batch in captured)
     metrics = read_lines(config.run.dir / "metrics.jsonl")[0]
     assert metrics["grad_norm"] == 0.0
-    assert metrics["skipped"] == 0.0
+    assert metrics["skipped"] == 1.0
     # Unknown, not 0: nothing was observed.
     assert (metrics["reward"], metrics["reward/rubric"], metrics["kl"]) == (None, None, None)
     assert metrics["judge_failures"] == 1.0
@@ -151,12 +154,15 @@ class TimedOut:
 
 
 @pytest.mark.usefixtures("every_text_counts")
-@pytest.mark.parametrize("judge", [None, TimedOut()])
-def test_too_many_missing_verdicts_stop_the_run_before_the_update(config_of, fresh_policy, grader_of, judge):
+@pytest.mark.parametrize(("judge", "why"), [(None, "8 x too busy"), (TimedOut(), "8 x slow: TimeoutError: 60 s")])
+def test_too_many_missing_verdicts_stop_the_run_before_the_update(
+    config_of, fresh_policy, grader_of, nano_policy, judge, why
+):
     config = config_of()
-    with pytest.raises(JudgeStopError, match="100% of this step's verdicts are missing"):
+    message = rf"8 of 8 verdicts are missing \(100%\), allowed are 50%. Why: {why}.*step 0 is saved.*--run\.resume"
+    with pytest.raises(JudgeStopError, match=message):
         train_grpo(config, fresh_policy(), grader_of(silent=range(8), judge=judge))
-    assert latest_step(config.run.dir / "checkpoints") is None
+    assert bits(final_state(config, nano_policy.params).params) == bits(nano_policy.params)
     assert (config.run.dir / "metrics.jsonl").read_text("utf-8") == ""
 
 
@@ -226,23 +232,36 @@ def test_what_a_sampler_with_few_bits_and_seats_draws_is_measured_and_corrected(
 
 
 @pytest.fixture(scope="module")
-def whole(config_in, fresh_policy, grader_of, lenient_parse, read_lines, tmp_path_factory):
-    """The config, final state and files of a run that nobody stopped."""
-    config = config_in(tmp_path_factory.mktemp("whole"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "parse", lenient_parse)
-        policy = train_grpo(config, fresh_policy(), grader_of())
-    return {
-        "state": bits(final_state(config, policy.params)),
-        "metrics": without_clocks(read_lines(config.run.dir / "metrics.jsonl")),
-        "rollouts": (config.run.dir / "rollouts.jsonl").read_bytes(),
-    }
+def whole_run(config_in, fresh_policy, grader_of, slow_judge, lenient_parse, read_lines, tmp_path_factory):
+    """Final state and files of a run that nobody stopped, by its lag; with a lag the judge works beside the loop."""
+
+    @functools.cache
+    def run(lag: int):
+        config = config_in(tmp_path_factory.mktemp("whole"), {"grpo.lag": lag})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scoring, "parse", lenient_parse)
+            policy = train_grpo(config, fresh_policy(), grader_of(judge=slow_judge if lag else None))
+        return {
+            "state": bits(final_state(config, policy.params)),
+            "metrics": without_clocks(read_lines(config.run.dir / "metrics.jsonl")),
+            "rollouts": (config.run.dir / "rollouts.jsonl").read_bytes(),
+        }
+
+    return run
 
 
+@pytest.fixture(scope="module")
+def whole(whole_run):
+    return whole_run(0)
+
+
+# All of them come after the first checkpoint, that of step 2, with or without lag.
 BOUNDARIES = {
-    "after sampling": (train, "rollout_batch", 3),
+    "while sampling": (judging.Grading, "finished", 28),
+    "after sampling": (train, "rollout_batch", 4),
     "while scoring": (train, "with_logprobs", 4),
-    "after the judge": (train, "check_failures", 3),
+    "before the judge": (judging.Grading, "graded", 3),
+    "after the judge": (judging.Judging, "check", 3),
     "after the update": (train, "check_progress", 4),
     "before the rollouts are written": (run_module.JsonlWriter, "write", 7),
     "before the metrics are written": (run_module.JsonlWriter, "write", 8),
@@ -252,15 +271,17 @@ BOUNDARIES = {
 
 
 @pytest.mark.usefixtures("every_text_counts")
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_a_run_killed_anywhere_goes_on_bit_for_bit(
-    boundary, whole, config_of, fresh_policy, grader_of, killed_at, read_lines
+    boundary, lag, whole_run, config_of, fresh_policy, grader_of, slow_judge, killed_at, read_lines
 ):
+    grader = grader_of(judge=slow_judge if lag else None)
     with killed_at(*BOUNDARIES[boundary]) as killed, pytest.raises(killed):
-        train_grpo(config_of(), fresh_policy(), grader_of())
-    config = config_of({"run.resume": True})
-    policy = train_grpo(config, fresh_policy(), grader_of())
-    state = final_state(config, policy.params)
+        train_grpo(config_of({"grpo.lag": lag}), fresh_policy(), grader)
+    config = config_of({"grpo.lag": lag, "run.resume": True})
+    policy = train_grpo(config, fresh_policy(), grader)
+    whole, state = whole_run(lag), final_state(config, policy.params)
     assert bits(state) == whole["state"]
     assert bits(policy.params) == bits(state.params)
     assert without_clocks(read_lines(config.run.dir / "metrics.jsonl")) == whole["metrics"]
