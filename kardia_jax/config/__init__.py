@@ -7,6 +7,7 @@ from kardia_jax.config.judge import (
     EndpointConfig,
     JudgeConfig,
     JudgeSamplingConfig,
+    RemoteConfig,
     ReplayConfig,
     TrafficConfig,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RemoteConfig",
     "ReplayConfig",
     "RewardConfig",
     "RunConfig",

@@ -88,7 +88,7 @@ def test_the_package_is_a_program():
         (
             ("frob",),
             (
-                "verb: wanted one of demo, sft, grpo, eval, import, export, verify, doctor, bench, got 'frob'",
+                "verb: wanted one of demo, sft, grpo, eval, import, export, verify, doctor, bench, judge, got 'frob'",
                 "kardia VERB --help",
             ),
         ),
@@ -243,8 +243,10 @@ def test_a_run_that_cannot_start(fields, wanted, refused, config_of, config_file
 def test_a_judge_that_always_fails_stops_the_run_with_code_1(refused, config_of, config_file, monkeypatch, grader_of):
     monkeypatch.setattr(scoring, "make_grader", lambda judge, weights: grader_of(silent=range(8)))
     said = refused("grpo", config_file(config_of()), code=1)
-    assert "kardia grpo: stopped: judge.max_failure_share: 100% of this step's verdicts are missing" in said
-    assert "too busy. Repair the judge and resume." in said
+    assert "kardia grpo: stopped: judge.max_failure_share: 8 of 8 verdicts are missing (100%), allowed are 50%." in said
+    assert "8 x too busy" in said
+    assert "The state after step 0 is saved in" in said
+    assert "go on with --run.resume" in said
     assert not (config_of().run.dir / "hf").exists()
 
 

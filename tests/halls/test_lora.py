@@ -31,9 +31,9 @@ def bits(tree) -> list[tuple[str, bytes]]:
 
 
 def without_clocks(rows):
-    """Less what a resumed process does anew: the time it takes and what it compiles."""
-    anew = ("tokens_per_second", "compilations")
-    return [{k: v for k, v in one.items() if not k.startswith("seconds/") and k not in anew} for one in rows]
+    """Less what a resumed process does anew: the time that it and its judge take, and what it compiles."""
+    anew, clocks = ("tokens_per_second", "compilations"), ("seconds/", "judge/")
+    return [{k: v for k, v in one.items() if not k.startswith(clocks) and k not in anew} for one in rows]
 
 
 def files(config, read_lines):
