@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 WINDOW = 60.0
 """Seconds over which a server counts requests and tokens."""
+ROUNDING = 1e-6
+"""Requests, tokens or retries: five shares of 0.2 are one retry, and nobody waits for a millionth of a token."""
 LONGEST_PAUSE = 60.0
 """Seconds of the breaker's longest pause."""
 
@@ -47,7 +49,8 @@ class Bucket:
 
     def wait(self, now: float, cost: float) -> float:
         """Seconds until ``cost`` may be spent; a cost above the capacity needs a full bucket."""
-        return max(0.0, (min(cost, self.capacity) - self._level(now)) / self.rate)
+        missing = min(cost, self.capacity) - self._level(now)
+        return missing / self.rate if missing > ROUNDING else 0.0
 
     def spend(self, now: float, cost: float) -> None:
         """Takes ``cost`` out; a negative one gives back what was estimated too high."""
@@ -76,8 +79,7 @@ class RetryBudget:
 
     def spend(self) -> bool:
         """Whether one more retry may be made; if so, it is paid for."""
-        # A tenth of a call too little is rounding: five shares of 0.2 are one retry.
-        if self.left < 1.0 - 1e-9:
+        if self.left < 1.0 - ROUNDING:
             return False
         self.left -= 1.0
         return True
