@@ -12,6 +12,11 @@ import sys
 import tempfile
 
 import pytest
+from hypothesis import settings
+
+# No time limit for an example: its first one compiles, and a busy machine takes long over any.
+settings.register_profile("kardia", deadline=None)
+settings.load_profile("kardia")
 
 # Tests that need an accelerator run with JAX_PLATFORMS=cuda,cpu (or tpu,cpu) and are skipped otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -101,7 +101,8 @@ def test_group_logprobs_and_gradient_equal_the_repeated_form(family, remat):
 
     value, gradient = jax.jit(jax.value_and_grad(shared))(params)
     wanted_value, wanted = jax.jit(jax.value_and_grad(repeated))(params)
-    np.testing.assert_allclose(value, wanted_value, rtol=1e-4)
+    # A sum of weighted log-probs of several nats that nearly cancel: rounding is relative to the terms, not to the sum.
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-3 * float(jnp.abs(theirs).max()) + 1e-6)
 
