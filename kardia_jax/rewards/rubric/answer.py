@@ -41,6 +41,8 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 _OPEN = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]", re.IGNORECASE)
 _CLOSE = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
+_UNPAIRED = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can spell and no file can hold."""
 _CODE_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n\s*```\Z", re.DOTALL)
 
 
@@ -62,17 +64,24 @@ def read_verdict(rubric: Rubric, text: str) -> Verdict | JudgeFailure:
 
 
 def _without_thinking(text: str) -> str:
-    """What follows the leading blocks; templates that open a block in the prompt leave its end alone here."""
-    while (closed := _CLOSE.search(text)) and not text[: closed.start()].lstrip().startswith("{"):
-        opened = _OPEN.search(text, 0, closed.start())
-        if opened and _OPEN.search(text, opened.end(), closed.start()):
-            raise _Unreadable("answer: wanted JSON after the thinking block, got a block inside a block")
-        text = text[closed.end() :]
-    text = text.strip()
-    if _OPEN.match(text):
+    """What follows the leading blocks; templates that open a block in the prompt leave its end alone here.
+
+    An end that stands inside the JSON (a judge may quote one in a reason) ends nothing.
+    """
+    start = 0
+    while closed := _CLOSE.search(text, start):
+        block = text[start : closed.start()].strip()
+        if block.startswith(("{", "```")):
+            break
+        opened = _OPEN.search(block)
+        if opened and (opened.start() > 0 or _OPEN.search(block, opened.end())):
+            raise _Unreadable(f"answer: wanted a thinking block and then JSON, got {text!r:.80}")
+        start = closed.end()
+    left = text[start:].strip()
+    if _OPEN.match(left):
         raise _Unreadable("answer: wanted JSON after the thinking block, got a block that was never closed")
-    fenced = _CODE_FENCE.match(text)
-    return fenced.group(1) if fenced else text
+    fenced = _CODE_FENCE.match(left)
+    return fenced.group(1) if fenced else left
 
 
 def _load_json(text: str) -> object:
@@ -103,4 +112,4 @@ def _read_mark(name: str, entry: object) -> Mark:
         raise _Unreadable(f"{name}.reason: wanted a sentence, got {reason!r:.80}")
     if not isinstance(mark, int) or isinstance(mark, bool) or not LOWEST <= mark <= HIGHEST:
         raise _Unreadable(f"{name}.mark: wanted an integer from {LOWEST} to {HIGHEST}, got {mark!r:.80}")
-    return Mark(name, mark, reason.strip())
+    return Mark(name, mark, _UNPAIRED.sub("\ufffd", reason.strip()))
