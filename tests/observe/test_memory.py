@@ -1,4 +1,4 @@
-"""The peak of resident memory; measured in a process of its own, since a large one gives and takes pages all the time."""
+"""The peak of resident memory, in a process of its own: a large one gives and takes pages all the time."""
 
 import json
 import subprocess

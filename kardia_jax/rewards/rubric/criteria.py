@@ -87,7 +87,10 @@ class Rubric:
 
         For caches and logs: it changes with the content even where somebody forgot to change the version.
         """
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        for criterion in fields["criteria"]:
+            criterion["weight"] = float(criterion["weight"])
+        content = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

@@ -234,18 +234,16 @@ def _explained(error: ValidationError, where: str) -> RubricError:
         return RubricError(where, field, "no such field", "one", _known_fields(first["loc"]))
     if kind == "literal_error":
         return RubricError(where, field, f"one of {limits['expected']}", came)
-    if kind in ("greater_than_equal", "less_than_equal"):
-        return RubricError(where, field, f"a number {'from' if 'ge' in limits else 'up to'} {_limit(limits)}", came)
+    if kind == "greater_than_equal":
+        return RubricError(where, field, f"a number from {limits['ge']:g}", came)
+    if kind == "less_than_equal":
+        return RubricError(where, field, f"a number up to {limits['le']:g}", came)
     if kind == "string_pattern_mismatch":
         named = field.endswith("name")
         wanted = "lower-case letters, digits and _, a letter first" if named else "one line of text"
         return RubricError(where, field, wanted, came)
     wanted, fix = _WANTED.get(kind, (first["msg"], ""))
     return RubricError(where, field, wanted, came, fix)
-
-
-def _limit(limits: dict[str, Any]) -> object:
-    return limits.get("ge", limits.get("le"))
 
 
 def _known_fields(place: tuple[int | str, ...]) -> str:

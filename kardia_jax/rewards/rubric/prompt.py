@@ -145,7 +145,7 @@ def fence(text: str) -> str:
 
 def _harmless(line: str) -> str:
     apart = _TOKEN_START.sub(lambda found: f"{found[0]} ", line)
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", apart)
+    return _UNSEEN.sub(lambda found: f"\\u{{{ord(found[0]):x}}}", apart)
 
 
 def _talk(history: Sequence[tuple[str, str]]) -> str:

@@ -25,15 +25,16 @@ LOWEST, HIGHEST = 1, 5
 
 Kind = Literal["judge_talk", "url", "tag", "markdown"]
 
-# Repetitions are bounded: no text, however long, makes a search take more than linear time.
+# Repetitions are bounded and start once a run: time stays linear in a text that a policy may write as it likes.
 _URL = re.compile(
-    r"(?:\bhttps?://|\bwww\.)\S+|\b[\w.-]{1,250}\.(?:com|org|net|io|ai|edu|gov)\b(?:/\S*)?", re.IGNORECASE
+    r"(?:\bhttps?://|\bwww\.)\S{1,300}|(?<![\w.-])[\w.-]{1,100}\.(?:com|org|net|io|ai|edu|gov)\b(?:/\S{0,300})?",
+    re.IGNORECASE,
 )
-_TAG = re.compile(r"</?[A-Za-z_][^<>\n]{0,200}>|<\|[^<>\n]{0,200}\|>|\[/?[A-Z_]{3,}\]")
+_TAG = re.compile(r"</?[A-Za-z_][^<>\n]{0,200}>|<\|[^<>\n]{0,200}\|>|\[/?[A-Z_]{3,20}\]")
 # Headings, list items, tables, rules and quotes at the start of a line; bold, code and fences anywhere.
 _MARKDOWN = re.compile(
     r"^[ \t]{0,3}(?:\#{1,6}[ \t]|[-*+•][ \t]|\d{1,2}[.)][ \t]|>[ \t]|\|.*\||(?:[-*_][ \t]*){3,}$)"
-    r"|\*\*[^*\n]{1,400}\*\*|__[^_\n]{1,400}__|`[^`\n]{1,400}`|```|\[[^\]\n]{1,400}\]\([^)\n]{1,400}\)",
+    r"|\*\*[^*\n]{1,300}\*\*|__[^_\n]{1,300}__|`[^`\n]{1,300}`|```|\[[^\[\]\n]{1,300}\]\([^()\n]{1,300}\)",
     re.MULTILINE,
 )
 
