@@ -23,6 +23,7 @@ from kardia_jax.config import FULL, ConfigError, LoraConfig, ModelConfig
 from kardia_jax.dialogue.mini import tokenizer_dir
 from kardia_jax.dialogue.spans import END_TAG, TAGS
 from kardia_jax.hf import gguf
+from kardia_jax.hf.container import Dtype
 from kardia_jax.hf.folder import GENERATION, has_tokenizer, read_json
 from kardia_jax.hf.peft import load_adapter
 from kardia_jax.hf.read import load_arrays
@@ -34,6 +35,16 @@ from kardia_jax.model.spec import ModelSpec
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import Sampler
 from kardia_jax.types import NOTHING, Params
+
+
+class Model(NamedTuple):
+    """What a source holds, before it is made a policy."""
+
+    spec: ModelSpec
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    """Ids at which the model stops by its own files."""
 
 
 class Policy(NamedTuple):
@@ -121,18 +132,23 @@ def adapted(whole: Policy, lora: LoraConfig, adapter: Params) -> Policy:
 
 def load_whole(config: ModelConfig, seed: int) -> Policy:
     """The model that ``source`` names, every parameter of it to be trained."""
+    return _assembled(read_model(config, seed, config.lora.base))
+
+
+def read_model(config: ModelConfig, seed: int, dtype: Dtype) -> Model:
+    """The model that ``source`` names as it is, in this type; without the span tags where it has none."""
     folder = pathlib.Path(config.source)
     if gguf.is_gguf(folder):
-        return _from_gguf(folder, config)
+        return _from_gguf(folder, dtype)
     if folder.is_dir():
-        return _from_directory(folder, config)
+        return _from_directory(folder, config.tokenizer, dtype)
     if len(folder.parts) > 1:
         fix = "Import a checkpoint there first, or name a built-in shape (`kardia doctor` lists them)."
         raise ConfigError("model.source", "a local Hugging Face directory", config.source, fix)
     spec = named_shape(config.source)
     tokenizer = load_tokenizer(config.tokenizer)
-    params = init(spec, key_for(seed, Purpose.INIT))
-    return _assembled(spec, params, tokenizer, frozenset())
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init(spec, key_for(seed, Purpose.INIT)))
+    return Model(spec.with_tokens(len(tokenizer)), params, tokenizer, frozenset())
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -179,31 +195,31 @@ def _with_new_rows(table: Float[Array, "V D"], known: int, tokens: int, rows: in
     return table.at[known:tokens].set(table[:known].mean(0))
 
 
-def _from_directory(folder: pathlib.Path, config: ModelConfig) -> Policy:
+def _from_directory(folder: pathlib.Path, tokenizer_source: str, dtype: Dtype) -> Model:
     if not (folder / "config.json").is_file():
         fix = "Give a directory as written by save_pretrained or by `kardia export`."
-        raise ConfigError("model.source", "a directory with config.json", config.source, fix)
+        raise ConfigError("model.source", "a directory with config.json", str(folder), fix)
     spec = ModelSpec.from_hf(read_json(folder / "config.json"))
-    tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else config.tokenizer)
-    params = load_arrays(folder, spec, dtype=config.lora.base)
-    return _assembled(spec, params, tokenizer, _generation_ends(folder))
+    tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else tokenizer_source)
+    params = load_arrays(folder, spec, dtype=dtype)
+    return Model(spec.with_tokens(len(tokenizer)), params, tokenizer, _generation_ends(folder))
 
 
-def _from_gguf(path: pathlib.Path, config: ModelConfig) -> Policy:
+def _from_gguf(path: pathlib.Path, dtype: Dtype) -> Model:
     """The tokenizer is the file's own; packed weights become float32 masters (or the type of a frozen base)."""
     described = gguf.config(path)
     spec = ModelSpec.from_hf(described)
-    params = load_arrays(path, spec, dtype=config.lora.base)
-    return _assembled(spec, params, gguf.tokenizer(path), _ends(described.get("eos_token_id")))
+    params = load_arrays(path, spec, dtype=dtype)
+    tokenizer = gguf.tokenizer(path)
+    return Model(spec.with_tokens(len(tokenizer)), params, tokenizer, _ends(described.get("eos_token_id")))
 
 
-def _assembled(spec: ModelSpec, params: Params, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> Policy:
-    spec = spec.with_tokens(len(tokenizer))
-    spec, params, tokenizer = add_tags(spec, params, tokenizer)
+def _assembled(model: Model) -> Policy:
+    spec, params, tokenizer = add_tags(*model[:3])
     if not isinstance(tokenizer.eos_token_id, int):
         raise ConfigError("model.tokenizer", "a tokenizer with an eos_token that ends a turn", None)
     # A generation config may stop at the end tag too, but that one belongs to the text: it is never an end of turn.
-    ends = (ends | {tokenizer.eos_token_id}) - {token_id(tokenizer, END_TAG)}
+    ends = (model.ends | {tokenizer.eos_token_id}) - {token_id(tokenizer, END_TAG)}
     return Policy(spec.with_tokens(len(tokenizer)), params, tokenizer, tuple(sorted(ends)))
 
 

@@ -29,10 +29,12 @@ from kardia_jax.grpo.update import (
     make_update,
     no_sums,
 )
+from kardia_jax.judge.sharing import SharedRows
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
+from kardia_jax.model.head import sampled_logits
 from kardia_jax.model.lora import joined, with_dropout
-from kardia_jax.model.policy import Compute, group_logprobs
+from kardia_jax.model.policy import Compute, group_hidden, group_logprobs, head_table
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.placement import on_device
 from kardia_jax.rollout import batching, sampler
@@ -43,6 +45,7 @@ from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
 Programs = Iterator[tuple[str, Compiled]]
 """A name with its shape, like ``update of 4 groups x (1024 + 8 x 512) tokens``, and the program."""
 Score = Callable[[Params, GroupBatch, Float[Array, ""]], tuple[Array, Array]]
+NextLogprobs = Callable[[Params, SharedRows], Array]
 
 
 class CompiledUpdate(Protocol):
@@ -168,6 +171,27 @@ def make_score(spec: ModelSpec, compute: Compute) -> Score:
         return score(spec, compute, on_device(params), batch, temperature)
 
     return jax.jit(fetch_and_score)
+
+
+def next_logprobs(
+    spec: ModelSpec, compute: Compute, levels: tuple[int, ...], params: Params, batch: SharedRows
+) -> Float[Array, "P G M"]:
+    """Log-prob (nats) of each token of ``levels`` as the next one of every row, among all tokens of the model.
+
+    Row (p, g) is the first ``prefix_lengths[p, g]`` tokens of prefix p and the first ``suffix_lengths[p, g]`` of its
+    suffix; a prefix is run once for all its rows. T is larger than any length, so the place behind a row is there.
+    """
+    prefix, prefix_lengths, suffix, suffix_lengths = map(jnp.asarray, batch)
+    hidden = group_hidden(spec, compute, params, prefix, prefix_lengths, suffix)
+    last = jnp.take_along_axis(hidden, suffix_lengths[..., None, None], 2)[:, :, 0]
+    z = sampled_logits(last, head_table(params), spec.sampled_tokens, spec.final_softcap)
+    return jnp.take(z, jnp.array(levels), axis=-1) - jax.nn.logsumexp(z, axis=-1, keepdims=True)
+
+
+@functools.cache
+def make_next_logprobs(spec: ModelSpec, compute: Compute, levels: tuple[int, ...]) -> NextLogprobs:
+    """``next_logprobs`` compiled: (params, rows) -> log-probs; a program for every shape of rows."""
+    return jax.jit(functools.partial(next_logprobs, spec, compute, levels))
 
 
 def learner_params(

@@ -17,6 +17,7 @@ from kardia_jax.judge.factory import Maker, make_judge
 from kardia_jax.judge.failures import JudgeStopError, Tally, shortage, too_many
 from kardia_jax.judge.protocol import Judge
 from kardia_jax.judge.scoring import Completion, score_completions
+from kardia_jax.local_judge import load_local_judge
 from kardia_jax.rewards.combine import NO_VERDICT, Combined, Scores, combine
 from kardia_jax.rewards.diagnostics import criterion_means, verdict_signs
 from kardia_jax.rewards.rubric import Rubric
@@ -31,7 +32,7 @@ class Grader(NamedTuple):
     weights: RewardConfig
 
 
-MAKERS: dict[str, Maker] = {}
+MAKERS: dict[str, Maker] = {"local": load_local_judge}
 """Judges that need JAX, by ``judge.kind``: the room of judges knows the others itself."""
 
 

@@ -10,6 +10,7 @@ from kardia_jax.config.judge import (
     ReplayConfig,
     TrafficConfig,
 )
+from kardia_jax.config.local_judge import LocalJudgeConfig
 from kardia_jax.config.lora import FULL, LoraConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 from kardia_jax.config.serve import ServeConfig
@@ -43,6 +44,7 @@ __all__ = [
     "ImportBenchConfig",
     "JudgeConfig",
     "JudgeSamplingConfig",
+    "LocalJudgeConfig",
     "LoraConfig",
     "LossConfig",
     "ModelConfig",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kardia_jax.config.errors import ConfigError, require
+from kardia_jax.config.local_judge import LocalJudgeConfig
 
 NOT_THE_VERDICT = (
     *("endpoint.base_urls", "endpoint.key_env", "endpoint.price_prompt", "endpoint.price_completion"),
@@ -198,6 +199,7 @@ class JudgeConfig:
     record: pathlib.Path | None = None
     """File to which every verdict is appended, with what was asked; `judge.replay.path` reads it."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    local: LocalJudgeConfig = field(default_factory=LocalJudgeConfig)
     sampling: JudgeSamplingConfig = field(default_factory=JudgeSamplingConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -221,6 +223,9 @@ class JudgeConfig:
         if "endpoint" in asked:
             fix = "Name the model that the server has loaded: --judge.endpoint.model NAME (GET /v1/models lists it)."
             require(bool(self.endpoint.model), "judge.endpoint.model", "a model's name", self.endpoint.model, fix)
+        if "local" in asked:
+            fix = "Name the model that judges: --judge.local.source DIRECTORY."
+            require(bool(self.local.source), "judge.local.source", "a directory or GGUF file", self.local.source, fix)
         if self.kind == "replay":
             fix = "Record one with --judge.record FILE and another judge.kind."
             require(self.replay.path is not None, "judge.replay.path", "a file of verdicts", None, fix)

@@ -2,6 +2,7 @@
 
     load_rubric("kardia_five")  ->  Rubric                                    files.py, criteria.py, vetoes.py
     questions(rubric, request)  ->  prompts, one per set of spans             prompt.py
+    make_level_prompt(...)      ->  prompt whose next token is a mark         prompt.py
     read_verdict(part, text)    ->  Verdict or JudgeFailure                   answer.py
     join_verdicts, average      ->  one Verdict; apply_vetoes; to_unit        marks.py
 
@@ -27,7 +28,7 @@ from kardia_jax.rewards.rubric.marks import (
     join_verdicts,
     to_unit,
 )
-from kardia_jax.rewards.rubric.prompt import JudgeRequest, Question, fence, make_prompt, questions
+from kardia_jax.rewards.rubric.prompt import JudgeRequest, Question, fence, make_level_prompt, make_prompt, questions
 from kardia_jax.rewards.rubric.vetoes import (
     HIGHEST,
     LOWEST,
@@ -65,6 +66,7 @@ __all__ = [
     "join_verdicts",
     "json_schema",
     "load_rubric",
+    "make_level_prompt",
     "make_prompt",
     "questions",
     "read_verdict",

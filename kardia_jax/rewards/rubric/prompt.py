@@ -83,6 +83,10 @@ For each criterion first write one sentence that names the evidence in the quote
 whose description fits best. Use the whole scale. Answer with this JSON object and nothing else, with the keys
 in this order:"""
 
+LEVEL_CLOSING = """\
+Choose the level whose description fits the quoted text best. Use the whole scale. Answer with the number of
+that level: 1, 2, 3, 4 or 5."""
+
 
 def questions(rubric: Rubric, request: JudgeRequest) -> tuple[Question, ...]:
     """All that a judge is asked about one completion: the rubric and the dialogue's items, one prompt per view."""
@@ -98,18 +102,32 @@ def make_prompt(rubric: Rubric, request: JudgeRequest) -> str:
     """
     if len(views(rubric)) > 1:
         raise ValueError(f"rubric {rubric.name}: criteria see different spans; split it with views(rubric).")
-    marked: list[Span] = [name for name in SPANS if name in rubric.criteria[0].sees]
+    levels = "\n\n".join(_describe(criterion) for criterion in rubric.criteria)
     sections = [
+        *_material(rubric.criteria[0].sees, request),
+        f"# Rubric\n{levels}",
+        f"{CLOSING}\n{_json_shape(rubric)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def make_level_prompt(criterion: Criterion, request: JudgeRequest) -> str:
+    """The prompt for one criterion of a judge whose next token is the mark: as ``make_prompt``, without a reason."""
+    levels = f"# Rubric\n{_describe(criterion)}"
+    return "\n\n".join([*_material(criterion.sees, request), levels, LEVEL_CLOSING]) + "\n"
+
+
+def _material(sees: Sequence[Span], request: JudgeRequest) -> list[str]:
+    """What is marked and what one must know for it; prompts on one dialogue stay alike up to the reply."""
+    marked: list[Span] = [name for name in SPANS if name in sees]
+    return [
         INTRODUCTION,
         f"# Profile\n{fence(request.profile)}",
         f"# Situation\n{fence(request.situation)}",
         f"# Conversation\n{_talk(request.history)}",
         *(f"# {TITLES[name]}\n{fence(request.spans[name])}" for name in marked),
         *_warnings(request.spans[name] for name in marked),
-        "# Rubric\n" + "\n\n".join(_describe(criterion) for criterion in rubric.criteria),
-        f"{CLOSING}\n{_json_shape(rubric)}",
     ]
-    return "\n\n".join(sections) + "\n"
 
 
 # What tokenizers of the common families read as one control token: <|im_end|>, <start_of_turn>, </s>, [INST].
