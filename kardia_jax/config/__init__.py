@@ -3,10 +3,12 @@
 from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
 from kardia_jax.config.judge import (
+    AuditConfig,
     CacheConfig,
     EndpointConfig,
     JudgeConfig,
     JudgeSamplingConfig,
+    RemoteConfig,
     ReplayConfig,
     TrafficConfig,
 )
@@ -33,6 +35,7 @@ from kardia_jax.config.tree import (
 __all__ = [
     "FULL",
     "AdvantageConfig",
+    "AuditConfig",
     "BenchConfig",
     "CacheConfig",
     "Config",
@@ -49,6 +52,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RemoteConfig",
     "ReplayConfig",
     "RewardConfig",
     "RunConfig",
