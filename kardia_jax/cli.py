@@ -225,12 +225,13 @@ def _grpo(arguments: list[str]) -> None:
     from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
     from kardia_jax.policies import load_policy
-    from kardia_jax.scoring import make_grader
+    from kardia_jax.scoring import make_grader, with_auditor
     from kardia_jax.train import train_grpo
 
     use_compilation_cache(config.run.compilation_cache)
     policy = load_policy(config.model, config.run.seed)
-    policy = train_grpo(config, policy, make_grader(config.judge, config.rewards))
+    grader = with_auditor(make_grader(config.judge, config.rewards), config.judge)
+    policy = train_grpo(config, policy, grader)
     export_final(config, policy, "grpo")
 
 

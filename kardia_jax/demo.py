@@ -20,7 +20,7 @@ from kardia_jax.observe.intervals import Interval
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.results import results_table, wide_console
 from kardia_jax.policies import Policy, load_policy, with_new_adapter
-from kardia_jax.scoring import Grader, make_grader
+from kardia_jax.scoring import Grader, make_grader, with_auditor
 from kardia_jax.sft import train_sft
 from kardia_jax.train import train_grpo
 
@@ -37,7 +37,7 @@ def run_demo(config: Config, seeds: int) -> dict[str, dict[str, Interval]]:
     # A mistake in the config must show before the results of an earlier demo are gone.
     held_out_prompts(config, load_policy(config.model, config.run.seed))
     _clear(folder)
-    grader = make_grader(config.judge, config.rewards)
+    grader = with_auditor(make_grader(config.judge, config.rewards), config.judge)
     evaluations: dict[str, list[Evaluation]] = {stage: [] for stage in STAGES}
     first: Policy | None = None
     for seed in range(config.run.seed, config.run.seed + seeds):

@@ -1,66 +1,125 @@
 """The judge's part of a training run: asked about each completion as it ends, counted, and given up on when it fails.
 
-In: prompts, and texts one by one while the device decodes the others. Out: ``Graded`` for the step, the metrics of the
-judge, and the sentence with which the run stops when too many verdicts are missing.
+In: prompts, and texts one by one while the device decodes the others. Out: ``Graded`` for the step, and the metrics of
+the judge and of the one that audits it.
 
-    with Judging(grader, config.judge) as judging:
-        grading = judging.begin(prompts, group=8)
+    with Judging(grader, config.judge, seed=0) as judging:
+        grading = judging.begin(step=0, prompts=prompts, group=8)
         sample(..., finished=grading.finished)          # (prompt, sample, text), as each completion ends
         ...                                              # the device goes on with log-probs
         graded = grading.graded()                        # waits for the verdicts that are not there yet
         judging.check(graded)                            # JudgeStopError when too many are missing
+        ...                                              # the device learns
+        metrics |= grading.audited()                     # what the second judge said meanwhile
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
 from kardia_jax.config import JudgeConfig
 from kardia_jax.dialogue.prompt import Prompt
+from kardia_jax.judge.audit import audit_metrics, audit_sample, compare
 from kardia_jax.judge.failures import FailureWindow, JudgeStopError
-from kardia_jax.judge.protocol import take_stats
+from kardia_jax.judge.protocol import JudgeUnusableError, take_stats
 from kardia_jax.judge.scoring import Completion, request_of, scores_of
-from kardia_jax.judge.session import JudgeSession, Question, busy_seconds
+from kardia_jax.judge.session import Answer, JudgeSession, Question, busy_seconds
+from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest
 from kardia_jax.scoring import Graded, Grader, collected, read_answer
 
 GRACE_SECONDS = 1.0
 """Beyond the deadline, for a judge that keeps it itself and can say what was wrong."""
 
+Place = tuple[int, int]
+"""(prompt, sample)."""
+
+
+class Questions:
+    """What one judge is asked about the completions of a step, by place."""
+
+    def __init__(self, session: JudgeSession):
+        self._session = session
+        self._asked: dict[Place, Question] = {}
+        self._waited = 0.0
+
+    def ask(self, at: Place, request: JudgeRequest) -> None:
+        """Hands a request to the judge, and returns at once."""
+        self._asked[at] = self._session.submit(request)
+
+    def answers(self) -> dict[Place, Answer]:
+        """Waits for all of them; in the order of places, whatever order the completions ended in."""
+        places, started = sorted(self._asked), time.monotonic()
+        given = self._session.gather([self._asked[at] for at in places])
+        self._waited = time.monotonic() - started
+        return dict(zip(places, given, strict=True))
+
+    def failed(self, why: str) -> dict[Place, Answer]:
+        """The same, where nothing can be asked any more."""
+        return dict.fromkeys(sorted(self._asked), JudgeFailure(why, retryable=False))
+
+    def metrics(self) -> dict[str, float]:
+        """How long the judge was at work on the step, and which share of that nobody waited for."""
+        busy = busy_seconds(self._asked.values())
+        return {"judge/busy_seconds": busy, "judge/hidden_share": hidden_share(self._waited, busy)}
+
 
 class Grading:
     """P x G completions of one step on their way through parser and judge."""
 
-    def __init__(self, grader: Grader, session: JudgeSession, prompts: Sequence[Prompt], group: int):
-        self._grader, self._session, self._prompts, self._group = grader, session, prompts, group
-        self._rows: dict[tuple[int, int], Completion] = {}
-        self._questions: dict[tuple[int, int], Question] = {}
-        self._waited = 0.0
+    def __init__(
+        self,
+        grader: Grader,
+        prompts: Sequence[Prompt],
+        group: int,
+        paid: Questions,
+        audit: Questions,
+        sample: Set[Place],
+    ):
+        """``paid``: what the judge of the rewards is asked; ``audit``: what the second judge is asked, about the
+        places in ``sample``."""
+        self._grader, self._prompts, self._group = grader, prompts, group
+        self._paid, self._audit, self._sample = paid, audit, sample
+        self._rows: dict[Place, Completion] = {}
+        self._said: dict[Place, Answer] = {}
 
     def finished(self, prompt: int, sample: int, text: str) -> None:
         """Takes a completion that has ended; a well-formed one goes to the judge at once."""
         at = prompt, sample
         row = self._rows[at] = read_answer(self._prompts[prompt], text)
         request = request_of(row, self._grader.weights)
-        if request is not None:
-            self._questions[at] = self._session.submit(request)
+        if request is None:
+            return
+        self._paid.ask(at, request)
+        if at in self._sample:
+            self._audit.ask(at, request)
 
     def graded(self) -> Graded:
-        """Waits for the verdicts; the order in which completions ended changes nothing."""
-        places, started = sorted(self._questions), time.monotonic()
-        said = dict(zip(places, self._session.gather([self._questions[at] for at in places]), strict=True))
-        self._waited = time.monotonic() - started
+        """Waits for the verdicts. Raises JudgeUnusableError where none can ever come."""
+        said = self._said = self._paid.answers()
         rows_P_G = [[self._rows[p, g] for g in range(self._group)] for p in range(len(self._prompts))]
-        rubric = self._grader.rubric
-        scores = [scores_of(self._rows[at], said.get(at), rubric) for at in sorted(self._rows)]
+        scores = [scores_of(self._rows[at], said.get(at), self._grader.rubric) for at in sorted(self._rows)]
         return collected(rows_P_G, scores, self._grader.weights)
 
+    @property
+    def has_audit(self) -> bool:
+        """Whether the second judge looks at this step."""
+        return bool(self._sample)
+
+    def audited(self) -> dict[str, float]:
+        """The gap between the two judges; whatever goes wrong with the second one is counted and stops nothing."""
+        try:
+            second = self._audit.answers()
+        except JudgeUnusableError as error:
+            second = self._audit.failed(str(error))
+        rubric = self._grader.rubric
+        return audit_metrics(compare(rubric, [self._said[at] for at in second], list(second.values())))
+
     def metrics(self) -> dict[str, float]:
-        """How long the judge was at work on this step, and which share of that nobody waited for."""
-        busy = busy_seconds(self._questions.values())
-        return {"judge/busy_seconds": busy, "judge/hidden_share": hidden_share(self._waited, busy)}
+        """What the judge's time came to."""
+        return self._paid.metrics()
 
 
 def hidden_share(waited: float, busy: float) -> float:
@@ -69,16 +128,20 @@ def hidden_share(waited: float, busy: float) -> float:
 
 
 class Judging:
-    """The judge of a run, from its first step to its last; a context manager, since calls may be under way."""
+    """The judges of a run, from its first step to its last; a context manager, since calls may be under way."""
 
-    def __init__(self, grader: Grader, config: JudgeConfig):
-        self._grader, self._open = grader, ExitStack()
+    def __init__(self, grader: Grader, config: JudgeConfig, seed: int):
+        self._grader, self._config, self._seed, self._open = grader, config.audit, seed, ExitStack()
         self._session = JudgeSession(grader.judge, config.traffic.deadline_seconds + GRACE_SECONDS)
+        limit = config.audit.traffic.deadline_seconds + GRACE_SECONDS
+        self._audit = self._session if grader.auditor is None else JudgeSession(grader.auditor, limit)
         self._window = FailureWindow(config.max_failure_share, config.failure_window)
 
-    def begin(self, prompts: Sequence[Prompt], group: int) -> Grading:
-        """A step's completions are about to come."""
-        return Grading(self._grader, self._session, prompts, group)
+    def begin(self, step: int, prompts: Sequence[Prompt], group: int) -> Grading:
+        """The completions of step ``step`` (counted from 0) are about to come."""
+        paid, audit = Questions(self._session), Questions(self._audit)
+        sample = self._sample(step, len(prompts), group)
+        return Grading(self._grader, prompts, group, paid, audit, sample)
 
     def check(self, graded: Graded) -> None:
         """Counts the step's missing verdicts; raises JudgeStopError when too many of the last steps' are missing."""
@@ -90,8 +153,18 @@ class Judging:
         """What the judge counted since the last call: latency, retries, tokens, as far as it counts."""
         return take_stats(self._grader.judge)
 
+    def _sample(self, step: int, prompts: int, group: int) -> frozenset[Place]:
+        """Places that the second judge sees, chosen before anything is sampled."""
+        every = self._config.every
+        if self._grader.auditor is None or every == 0 or (step + 1) % every:
+            return frozenset()
+        size = math.ceil(self._config.share * prompts * group)
+        return frozenset(divmod(place, group) for place in audit_sample(self._seed, step, prompts * group, size))
+
     def __enter__(self) -> Self:
         self._open.enter_context(self._session)
+        if self._audit is not self._session:
+            self._open.enter_context(self._audit)
         return self
 
     def __exit__(

@@ -30,6 +30,8 @@ class Grader(NamedTuple):
     judge: Judge
     rubric: Rubric
     weights: RewardConfig
+    auditor: Judge | None = None
+    """A second judge, which looks at a sample of what is trained on; see ``config.judge.AuditConfig``."""
 
 
 MAKERS: dict[str, Maker] = {"local": load_local_judge}
@@ -40,6 +42,13 @@ def make_grader(judge: JudgeConfig, weights: RewardConfig) -> Grader:
     """The grader that a config describes."""
     rubric = load_rubric(judge.rubric)
     return Grader(make_judge(judge, rubric, MAKERS), rubric, weights)
+
+
+def with_auditor(grader: Grader, judge: JudgeConfig) -> Grader:
+    """The grader with the second judge that the config asks for, if it does; only training has a use for it."""
+    if not judge.audit.every:
+        return grader
+    return grader._replace(auditor=make_judge(judge.auditor, grader.rubric, MAKERS))
 
 
 class Graded(NamedTuple):

@@ -89,7 +89,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     # ---- Loop
     with (
         open_run(config, "grpo", steps, fresh) as run,
-        Judging(grader, config.judge) as judging,
+        Judging(grader, config.judge, seed) as judging,
         memory_errors("grpo"),
     ):
         state, timer = run.state, run.timer
@@ -104,7 +104,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
             ends; then the device is given the log-probs to compute, and nobody waits for them here."""
             ids = order[number]
             asked = [prompts.prompts[i] for i in ids]
-            grading = judging.begin(asked, grpo.group)
+            grading = judging.begin(number, asked, grpo.group)
             with timer.phase("rollout"):
                 if kept is None:
                     rows = [prompt.tokens for prompt in asked]
@@ -152,6 +152,9 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
                 "epoch": float(order.epoch_of(step)),
                 "learning_rate": float(np.asarray(rate(int(state.step) - 1))),
             }
+            if grading.has_audit:
+                with timer.phase("audit"):
+                    metrics |= grading.audited()
             shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
             rows = list(rollout_rows(asked[shown], sampled.texts_P_G[shown], graded))
             run.finish_step(step + 1, state, metrics, rows, hands)

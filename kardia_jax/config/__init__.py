@@ -3,6 +3,7 @@
 from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
 from kardia_jax.config.judge import (
+    AuditConfig,
     CacheConfig,
     EndpointConfig,
     JudgeConfig,
@@ -34,6 +35,7 @@ from kardia_jax.config.tree import (
 __all__ = [
     "FULL",
     "AdvantageConfig",
+    "AuditConfig",
     "BenchConfig",
     "CacheConfig",
     "Config",

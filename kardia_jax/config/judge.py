@@ -4,6 +4,7 @@ Fields of a kind that is not used are checked for sense and not for presence: `j
 long as `judge.kind` is not `endpoint`.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -15,7 +16,8 @@ from kardia_jax.config.local_judge import LocalJudgeConfig
 
 NOT_THE_VERDICT = (
     *("endpoint.base_urls", "endpoint.key_env", "endpoint.price_prompt", "endpoint.price_completion"),
-    *("traffic", "cache", "record", "max_failure_share", "failure_window"),
+    *("remote.urls", "remote.token_env", "remote.batch", "remote.gather_seconds", "local.max_tokens_per_batch"),
+    *("traffic", "cache", "record", "max_failure_share", "failure_window", "audit"),
 )
 """Fields that decide how a verdict is reached, paid, kept and counted, and not what it says: a run may be resumed with
 others."""
@@ -194,11 +196,39 @@ class RemoteConfig:
         require(0 <= self.gather_seconds <= 1, f"{name}.gather_seconds", "0 to 1", self.gather_seconds)
 
 
+Kind = Literal["rules", "endpoint", "local", "replay", "remote"]
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """A second judge, which looks at a sample of what the first one marks, by the same rubric. What it says goes to the
+    metrics (`audit/`) and never into a reward, and where it fails the run goes on."""
+
+    every: int = 0
+    """Steps from one look to the next; 0 is never."""
+    share: float = 0.25
+    """Share of the step's completions that it sees; which ones follows from seed and step."""
+    kind: Kind = "rules"
+    """As `judge.kind`, with settings of its own below; another judge than the first."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    local: LocalJudgeConfig = field(default_factory=LocalJudgeConfig)
+    sampling: JudgeSamplingConfig = field(default_factory=JudgeSamplingConfig)
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "judge.audit.every", "0 (never) or more steps", self.every)
+        require(0 < self.share <= 1, "judge.audit.share", "a share in (0, 1]", self.share)
+        if self.every:
+            _check_named(self, "judge.audit")
+
+
 @dataclass(frozen=True)
 class JudgeConfig:
     """Who marks the rubric, and what its silence means."""
 
-    kind: Literal["rules", "endpoint", "local", "replay", "remote"] = "rules"
+    kind: Kind = "rules"
     """rules: the embedded, deterministic stand-in for an LLM judge; endpoint: an OpenAI-compatible server; local: a
     model in this process; replay: a file of past verdicts; remote: `kardia judge serve` elsewhere."""
     rubric: str = "kardia_five"
@@ -219,6 +249,7 @@ class JudgeConfig:
     """Steps over which missing verdicts are counted; at the start of a run those that there are."""
     min_valid: int = 2
     """A group with fewer verdicts than this is left out of the update."""
+    audit: AuditConfig = field(default_factory=AuditConfig)
 
     def __post_init__(self) -> None:
         share = self.max_failure_share
@@ -226,16 +257,46 @@ class JudgeConfig:
         require(self.failure_window >= 1, "judge.failure_window", "at least 1 step", self.failure_window)
         require(self.min_valid >= 1, "judge.min_valid", "at least 1", self.min_valid)
         require(bool(self.rubric), "judge.rubric", "a name or a file", self.rubric)
-        asked = {self.kind, self.replay.missing if self.kind == "replay" else self.kind}
-        if "endpoint" in asked:
-            fix = "Name the model that the server has loaded: --judge.endpoint.model NAME (GET /v1/models lists it)."
-            require(bool(self.endpoint.model), "judge.endpoint.model", "a model's name", self.endpoint.model, fix)
-        if "local" in asked:
-            fix = "Name the model that judges: --judge.local.source DIRECTORY."
-            require(bool(self.local.source), "judge.local.source", "a directory or GGUF file", self.local.source, fix)
-        if self.kind == "replay":
-            fix = "Record one with --judge.record FILE and another judge.kind."
-            require(self.replay.path is not None, "judge.replay.path", "a file of verdicts", None, fix)
+        _check_named(self, "judge")
+        other = not self.audit.every or who_marks(self) != who_marks(self.audit)
+        fix = "A judge agrees with itself: give judge.audit another kind or model."
+        require(other, "judge.audit.kind", "another judge than the first", self.audit.kind, fix)
+
+    @property
+    def auditor(self) -> "JudgeConfig":
+        """The config of the second judge."""
+        parts = {name: vars(self.audit)[name] for name in BACKENDS}
+        return dataclasses.replace(self, kind=self.audit.kind, **parts, record=None, audit=AuditConfig())
+
+
+BACKENDS = ("endpoint", "local", "sampling", "traffic", "replay", "remote")
+"""Parts of a config that say how a judge is made; the second judge has its own."""
+
+
+def who_marks(config: JudgeConfig | AuditConfig) -> tuple[object, ...]:
+    """What tells two judges apart, by kind."""
+    named = {
+        "rules": None,
+        "endpoint": config.endpoint.model,
+        "local": config.local.source,
+        "replay": config.replay.path,
+        "remote": config.remote.urls,
+    }
+    return config.kind, named[config.kind]
+
+
+def _check_named(config: JudgeConfig | AuditConfig, prefix: str) -> None:
+    """Refuses a kind whose model or file is not named."""
+    asked = {config.kind, config.replay.missing if config.kind == "replay" else config.kind}
+    if "endpoint" in asked:
+        model, fix = config.endpoint.model, f"Name the loaded model: --{prefix}.endpoint.model (GET /v1/models)."
+        require(bool(model), f"{prefix}.endpoint.model", "a model's name", model, fix)
+    if "local" in asked:
+        source, fix = config.local.source, f"Name the model that judges: --{prefix}.local.source DIRECTORY."
+        require(bool(source), f"{prefix}.local.source", "a directory or GGUF file", source, fix)
+    if config.kind == "replay":
+        fix = "Record one with --judge.record FILE and another judge.kind."
+        require(config.replay.path is not None, f"{prefix}.replay.path", "a file of verdicts", None, fix)
 
 
 def _check_url(name: str, url: str, wanted: str, secret: str) -> None:

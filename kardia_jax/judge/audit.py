@@ -13,11 +13,12 @@ gap as metrics. The second judge's marks never enter a reward.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 
 from kardia_jax.judge.agreement import mean, rank_correlation
-from kardia_jax.rewards.rubric import JudgeFailure, Rubric, Verdict, to_unit
+from kardia_jax.rewards.rubric import HIGHEST, LOWEST, JudgeFailure, Rubric, Verdict, to_unit
 
 Answer = Verdict | JudgeFailure
 _PURPOSE = 0x41554449
@@ -67,7 +68,7 @@ def compare(rubric: Rubric, paid: Sequence[Answer], audited: Sequence[Answer]) -
     pairs = [
         (first.by_name(), second.by_name())
         for first, second in zip(paid, audited, strict=True)
-        if isinstance(first, Verdict) and isinstance(second, Verdict)
+        if _marks_all(rubric, first) and _marks_all(rubric, second)
     ]
     columns = {name: [(first[name], second[name]) for first, second in pairs] for name in rubric.names}
     units = [(_unit(rubric, first), _unit(rubric, second)) for first, second in pairs]
@@ -86,6 +87,12 @@ def audit_metrics(audit: Audit) -> dict[str, float]:
         "audit/compared": float(audit.compared),
         "audit/missing": float(audit.missing),
     }
+
+
+def _marks_all(rubric: Rubric, answer: Answer) -> TypeGuard[Verdict]:
+    """Whether this is a verdict on the rubric's criteria; a second judge of any make must not stop a run."""
+    marks = answer.by_name() if isinstance(answer, Verdict) else {}
+    return all(LOWEST <= marks.get(name, math.nan) <= HIGHEST for name in rubric.names)
 
 
 def _unit(rubric: Rubric, marks: Mapping[str, float]) -> float:

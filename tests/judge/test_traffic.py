@@ -279,11 +279,11 @@ def test_cancelling_ends_requests_and_leaves_nothing_running():
     control = traffic(concurrency=5)
 
     async def main():
-        whole = asyncio.create_task(together([control.call(send, 10) for _ in range(20)]))
+        calls = [asyncio.create_task(together([control.call(send, 10) for _ in range(20)]))]
         await asyncio.sleep(1.0)
-        whole.cancel()
+        calls[0].cancel()
         with pytest.raises(asyncio.CancelledError):
-            await whole
+            await calls[0]
         return len(asyncio.all_tasks())
 
     assert run(main()) == 1
