@@ -26,7 +26,6 @@ from kardia_jax.judge.scoring import Completion, request_of, scores_of
 from kardia_jax.judge.session import JudgeSession, Question, busy_seconds
 from kardia_jax.scoring import Graded, Grader, collected, read_answer
 
-
 GRACE_SECONDS = 1.0
 """Beyond the deadline, for a judge that keeps it itself and can say what was wrong."""
 

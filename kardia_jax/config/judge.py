@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kardia_jax.config.alarms import AlarmConfig
 from kardia_jax.config.errors import ConfigError, require
 
 
@@ -203,6 +204,7 @@ class JudgeConfig:
     """Steps over which missing verdicts are counted; at the start of a run those that there are."""
     min_valid: int = 2
     """A group with fewer verdicts than this is left out of the update."""
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
 
     def __post_init__(self) -> None:
         share = self.max_failure_share

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kardia_jax import run as run_module
 from kardia_jax import judging, scoring, train, warmup
+from kardia_jax import run as run_module
 from kardia_jax.checkpoint import CheckpointError, latest_step, restore_latest
 from kardia_jax.config import ConfigError
 from kardia_jax.grpo.optimizer import make_optimizer
