@@ -37,6 +37,7 @@ from kardia_jax.observe.measures import merge, to_host, values
 from kardia_jax.placement import offloaded
 from kardia_jax.policies import Policy, check_positions, sampler_of
 from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score
+from kardia_jax.rewards.alarms import Alarms
 from kardia_jax.rewards.diagnostics import hacking_signs
 from kardia_jax.rollout.engine import Sampled, sample
 from kardia_jax.rollout.sampling import Controls
@@ -92,7 +93,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
         Judging(grader, config.judge, seed) as judging,
         memory_errors("grpo"),
     ):
-        state, timer = run.state, run.timer
+        state, timer, alarms = run.state, run.timer, Alarms(config.judge.alarms)
         report_data(run.console, loaded, prompts.problems, f"{len(prompts.prompts)} prompts")
         # ---- The largest shapes first: what does not fit shows before the first step
         with timer.phase("warm-up"):
@@ -157,6 +158,8 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
                     metrics |= grading.audited()
             shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
             rows = list(rollout_rows(asked[shown], sampled.texts_P_G[shown], graded))
+            for sign in alarms.update(metrics):
+                run.console.message(f"step {step + 1}: {sign}")
             run.finish_step(step + 1, state, metrics, rows, hands)
     return policy._replace(params=state.params)
 

@@ -12,6 +12,7 @@ import pytest
 
 from kardia_jax.config import (
     AdvantageConfig,
+    AlarmConfig,
     AuditConfig,
     CacheConfig,
     Config,
@@ -272,6 +273,7 @@ OTHER = Config(
         max_failure_share=0.25,
         failure_window=3,
         min_valid=3,
+        alarms=AlarmConfig(7, 0.5, 0.25, 0.75, 0.125, 0.375, 0.875),
         audit=AuditConfig(
             every=5,
             share=0.125,

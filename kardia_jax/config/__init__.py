@@ -1,5 +1,6 @@
 """Everything a run can be told; see ``tree``."""
 
+from kardia_jax.config.alarms import AlarmConfig
 from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
 from kardia_jax.config.judge import (
@@ -35,6 +36,7 @@ from kardia_jax.config.tree import (
 __all__ = [
     "FULL",
     "AdvantageConfig",
+    "AlarmConfig",
     "AuditConfig",
     "BenchConfig",
     "CacheConfig",

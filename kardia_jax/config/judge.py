@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kardia_jax.config.alarms import AlarmConfig
 from kardia_jax.config.errors import ConfigError, require
 from kardia_jax.config.local_judge import LocalJudgeConfig
 
@@ -250,6 +251,7 @@ class JudgeConfig:
     min_valid: int = 2
     """A group with fewer verdicts than this is left out of the update."""
     audit: AuditConfig = field(default_factory=AuditConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
 
     def __post_init__(self) -> None:
         share = self.max_failure_share

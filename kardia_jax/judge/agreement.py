@@ -14,6 +14,9 @@ from scipy.stats import rankdata
 
 LEAST = 3
 """Pairs below which a rank correlation means nothing."""
+DIGITS = 9
+ROUNDING = 1e-9
+"""Numbers that differ by less are the same."""
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -23,9 +26,10 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """
     if len(first) != len(second):
         raise ValueError(f"columns: wanted the same length, got {len(first)} and {len(second)}.")
-    if len(first) < LEAST or len(set(first)) == 1 or len(set(second)) == 1:
+    if len(first) < LEAST or np.ptp(first) < ROUNDING or np.ptp(second) < ROUNDING:
         return math.nan
-    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+    ranks = [rankdata(np.round(column, DIGITS)) for column in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def beyond(mark: float, band: tuple[int, int]) -> float:

@@ -64,9 +64,20 @@ def distinct_share(replies: Sequence[str]) -> float:
 
 def repetition(reply: str, n: int = 3) -> float:
     """1 - distinct n-grams / n-grams of one reply; 0 for a reply of fewer than n words."""
-    heard = words(reply)
-    grams = [tuple(heard[start : start + n]) for start in range(len(heard) - n + 1)]
+    grams = _grams(words(reply), n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def shared_phrase_share(replies: Sequence[str], n: int = 5) -> float:
+    """The share of replies that hold the most common run of n words, wherever it stands; 0 where none is that long."""
+    if not replies:
+        return float("nan")
+    counts = Counter(gram for reply in replies for gram in set(_grams(words(reply), n)))
+    return max(counts.values(), default=0) / len(replies)
+
+
+def _grams(heard: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(heard[start : start + n]) for start in range(len(heard) - n + 1)]
 
 
 def length_reward_correlation(
@@ -124,6 +135,7 @@ def hacking_signs(
     return {
         "shared_opener_share": shared_share([opener(reply) for reply in replies]),
         "shared_closer_share": shared_share([closer(reply) for reply in replies]),
+        "shared_phrase_share": shared_phrase_share(replies),
         "distinct_reply_share": distinct_share(replies),
         "repetition": float(np.mean([repetition(reply) for reply in replies])) if replies else float("nan"),
         "length_reward_correlation": length_reward_correlation(lengths_N, rewards_N, valid_N),
