@@ -68,7 +68,7 @@ def compare(rubric: Rubric, paid: Sequence[Answer], audited: Sequence[Answer]) -
     pairs = [
         (first.by_name(), second.by_name())
         for first, second in zip(paid, audited, strict=True)
-        if _marks_all(rubric, first) and _marks_all(rubric, second)
+        if _marks_all(first, rubric) and _marks_all(second, rubric)
     ]
     columns = {name: [(first[name], second[name]) for first, second in pairs] for name in rubric.names}
     units = [(_unit(rubric, first), _unit(rubric, second)) for first, second in pairs]
@@ -89,7 +89,7 @@ def audit_metrics(audit: Audit) -> dict[str, float]:
     }
 
 
-def _marks_all(rubric: Rubric, answer: Answer) -> TypeGuard[Verdict]:
+def _marks_all(answer: Answer, rubric: Rubric) -> TypeGuard[Verdict]:
     """Whether this is a verdict on the rubric's criteria; a second judge of any make must not stop a run."""
     marks = answer.by_name() if isinstance(answer, Verdict) else {}
     return all(LOWEST <= marks.get(name, math.nan) <= HIGHEST for name in rubric.names)
