@@ -30,6 +30,7 @@ from kardia_jax.grpo.update import (
     no_sums,
 )
 from kardia_jax.keys import Purpose, key_for
+from kardia_jax.model.backends import Machine
 from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_logprobs
@@ -118,12 +119,13 @@ def shape_of(batch: GroupBatch) -> str:
     return f"{groups} groups x ({batch.prompt_tokens.shape[1]} + {group} x {completion}) tokens"
 
 
-def compute_for(config: ModelConfig) -> Compute:
-    """The compute settings of this machine: what the config leaves open is float32 and small slices on CPU, bfloat16
-    and large ones elsewhere."""
-    native, chunk = ("float32", 128) if jax.default_backend() == "cpu" else ("bfloat16", 1024)
+def compute_for(config: ModelConfig, machine: Machine | None = None) -> Compute:
+    """The compute settings for this machine or another: what the config leaves open is float32 and small slices on
+    CPU, bfloat16 and large ones elsewhere."""
+    platform = machine.platform if machine else jax.default_backend()
+    native, chunk = ("float32", 128) if platform == "cpu" else ("bfloat16", 1024)
     dtype = native if config.dtype == "auto" else config.dtype
-    return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention)
+    return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention, machine)
 
 
 @functools.cache

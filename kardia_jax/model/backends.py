@@ -27,7 +27,7 @@ KERNELS: dict[Backend, Kernel] = {"cudnn": cudnn.KERNEL, "splash": splash.kernel
 
 
 class Machine(NamedTuple):
-    """Where the program runs."""
+    """Where the program runs; it may be another machine than the one that compiles it."""
 
     platform: str
     """As JAX calls it: cpu, gpu or tpu."""
@@ -89,9 +89,10 @@ def prompt_attention(
     v: Float[Array, "B K S E"],
     scoring: Scoring,
     window: Window,
+    where: Machine | None = None,
 ) -> Float[Array, "B H S E"]:
-    """``causal_attention`` by the backend of this layer."""
-    kernel = _kernel(wanted, q, scoring, window)
+    """``causal_attention`` by the backend of this layer, for this machine or another (``where``)."""
+    kernel = _kernel(wanted, where or machine(), q, scoring, window)
     if kernel is None:
         return causal_attention(q, k, v, scoring, window)
     return fused_attention(kernel, scoring, q, (Keys(k, v, None),))
@@ -107,13 +108,14 @@ def completion_attention(
     prompt_lengths: Int[Array, "P G"],
     scoring: Scoring,
     window: Window,
+    where: Machine | None = None,
 ) -> Float[Array, "P G H T E"]:
-    """``group_attention`` of whole completions by the backend of this layer.
+    """``group_attention`` of whole completions by the backend of this layer, for this machine or another (``where``).
 
     Kernels have one length a row, and the completions of a group may continue different parts of their prompt: so each
     is a row, and reads a copy of the prompt's keys that lives for this layer only.
     """
-    kernel = _kernel(wanted, q, scoring, window)
+    kernel = _kernel(wanted, where or machine(), q, scoring, window)
     if kernel is None:
         return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, scoring, window)
     group = q.shape[1]
@@ -127,7 +129,7 @@ def _repeated(x: Float[Array, "P K S E"], group: int) -> Float[Array, "P*G K S E
     return jnp.repeat(x.astype(jnp.float32), group, axis=0).astype(x.dtype)
 
 
-def _kernel(wanted: Wanted, q: Array, scoring: Scoring, window: Window) -> Kernel | None:
+def _kernel(wanted: Wanted, where: Machine, q: Array, scoring: Scoring, window: Window) -> Kernel | None:
     """None is XLA."""
     layer = Layer(q.dtype.name, q.shape[-1], scoring.softcap, window is not None)
-    return KERNELS.get(chosen(wanted, machine(), layer))
+    return KERNELS.get(chosen(wanted, where, layer))
