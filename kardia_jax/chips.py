@@ -2,11 +2,11 @@
 
     chip("h100").flops / 1e12 == 989.5        # bfloat16, dense
 
-Numbers of sparse matrices are halved. An interconnect's figure is what one chip can send while it receives as much: half
-of the "bidirectional" or "total" figure of the sheets. Sources, as read in 2025:
+Numbers of sparse matrices are halved. An interconnect's figure is what one chip can send while it receives as much:
+half of the "bidirectional" or "total" figure of the sheets. Sources:
 
-    v5e, v6e    docs.cloud.google.com/tpu/docs/v5e and .../v6e; links 400 and 800 GB/s in both directions
-    v5p         docs.cloud.google.com/tpu/docs/v5p; 4,800 Gbit/s of links, taken as in both directions
+    v5e, v6e    docs.cloud.google.com/tpu/docs/v5e and /v6e (819 and 1,600 GB/s; links 400 and 800 GB/s both ways)
+    v5p         docs.cloud.google.com/tpu/docs/v5p (links 4,800 Gbit/s, taken as the sum of both directions)
     a100-*      NVIDIA A100 Tensor Core GPU datasheet (SXM4), third-generation NVLink 600 GB/s
     h100, h200  NVIDIA H100 and H200 Tensor Core GPU datasheets (SXM5), fourth-generation NVLink 900 GB/s
     l40s        NVIDIA L40S datasheet; no NVLink, PCIe Gen4 x16 64 GB/s in both directions
@@ -53,6 +53,22 @@ CHIPS = (
     Chip("h200", "gpu", 989.5e12, 141 * GB, 4800 * GB, 450 * GB, "NVLink", 8, (9, 0)),
     Chip("l40s", "gpu", 362e12, 48 * GIB, 864 * GB, 32 * GB, "PCIe", 8, (8, 9)),
 )
+
+
+TOPOLOGIES = {
+    **dict.fromkeys(("v5e", "v6e"), ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+}
+"""Slices that can be rented and compiled for, by chip."""
+
+
+def check_topology(name: str) -> Chip:
+    """The chip of a slice like ``v5e:4x4``; ConfigError lists the slices."""
+    kind, _, size = name.partition(":")
+    if size not in TOPOLOGIES.get(kind, ()):
+        known = "; ".join(f"{kind}:" + " ".join(sizes) for kind, sizes in TOPOLOGIES.items())
+        raise ConfigError("topology", f"one of {known}", name)
+    return chip(kind)
 
 
 def chip(name: str) -> Chip:

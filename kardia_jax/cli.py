@@ -6,10 +6,11 @@
     kardia export runs/a out/a --dtype bfloat16
     kardia verify models/qwen --against transformers
     kardia bench step --model qwen2.5-0.5b --group 16
+    kardia plan configs/kardia_qwen2_5_7b.py --topology v5e:4x4 --mesh.fsdp 4 --mesh.tensor 4
 
 A config file is Python with ``get_config() -> Config``; what follows overrides its fields. Errors that a person can
-mend are one message on stderr and exit code 2 (1 for a run that stopped, or checkpoints that differ);
-anything else is a bug and shows its trace.
+mend are one message on stderr and exit code 2 (1 for a run that stopped, checkpoints
+that differ, or a plan that fits nowhere); anything else is a bug and shows its trace.
 """
 
 import errno
@@ -37,6 +38,7 @@ USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
   verify   A B: are two checkpoints the same model?  A --against transformers: does ours compute what theirs does?
   doctor   what this machine and this installation can do
   bench    step, sample, update or import: seconds by phase, memory, and how near the machine's ceilings that is
+  plan     will it fit, and how fast can it be: bytes, collectives and a floor of the step time, without an accelerator
 
   kardia VERB --help lists every field with its default. CONFIG.py is a Python file with get_config()."""
 
@@ -115,6 +117,21 @@ class VerifyArgs:
     """Largest difference of a logit or a log-prob (nats)."""
     tensor_tolerance: float = 0.0
     """Largest difference of a number in a tensor."""
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """What a GRPO run needs on so many devices, compiled with abstract values: no weights, no accelerator."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    devices: int | None = None
+    """Devices of the mesh; none: as many as its sizes make, or the chips of the topology."""
+    chip: str | None = None
+    """v5e, v5p, v6e, a100-40, a100-80, h100, h200 or l40s; none: all of them."""
+    topology: str | None = None
+    """A TPU slice to compile for, like v5e:4x4; needs the extra `plan`."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +227,12 @@ def _sft(arguments: list[str]) -> None:
     config = read_config("sft", arguments)
     from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
+    from kardia_jax.model.sharding import make_mesh
     from kardia_jax.policies import load_policy
     from kardia_jax.sft import train_sft
 
     use_compilation_cache(config.run.compilation_cache)
-    policy = train_sft(config, load_policy(config.model, config.run.seed))
+    policy = train_sft(config, load_policy(config.model, config.run.seed, make_mesh(config.mesh)))
     export_final(config, policy, "sft")
 
 
@@ -222,12 +240,13 @@ def _grpo(arguments: list[str]) -> None:
     config = read_config("grpo", arguments)
     from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
+    from kardia_jax.model.sharding import make_mesh
     from kardia_jax.policies import load_policy
     from kardia_jax.scoring import make_grader
     from kardia_jax.train import train_grpo
 
     use_compilation_cache(config.run.compilation_cache)
-    policy = load_policy(config.model, config.run.seed)
+    policy = load_policy(config.model, config.run.seed, make_mesh(config.mesh))
     policy = train_grpo(config, policy, make_grader(config.judge, config.rewards))
     export_final(config, policy, "grpo")
 
@@ -318,6 +337,16 @@ def _bench(arguments: list[str]) -> None:
     print(json.dumps(found))
 
 
+def _plan(arguments: list[str]) -> int:
+    args = tyro.cli(PlanArgs, prog="kardia plan", default=PlanArgs(config_file(arguments)), args=arguments)
+    from kardia_jax.plan.report import text
+    from kardia_jax.plan.run import plan
+
+    found = plan(args.config, args.devices, args.chip, args.topology)
+    print(json.dumps(found) if args.json else text(found))
+    return 0 if any(one["fits"] for one in found["chips"]) else 1
+
+
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": _demo,
     "sft": _sft,
@@ -328,4 +357,5 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "verify": _verify,
     "doctor": _doctor,
     "bench": _bench,
+    "plan": _plan,
 }

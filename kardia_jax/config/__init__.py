@@ -4,6 +4,7 @@ from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
 from kardia_jax.config.judge import JudgeConfig
 from kardia_jax.config.lora import FULL, LoraConfig
+from kardia_jax.config.mesh import MeshConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 from kardia_jax.config.tree import (
     Config,
@@ -34,6 +35,7 @@ __all__ = [
     "JudgeConfig",
     "LoraConfig",
     "LossConfig",
+    "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RewardConfig",

@@ -6,16 +6,19 @@ layer: its scan over layers carries the window as a number, and kernels want it 
 query a row and is always XLA's (``decoding.py``).
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kardia_jax.config import ConfigError
 from kardia_jax.model import cudnn, splash
 from kardia_jax.model.attention import Scoring, Window, causal_attention, group_attention
 from kardia_jax.model.fused import Kernel, Keys, fused_attention
+from kardia_jax.model.sharding import active, fitting
 
 Backend = Literal["xla", "cudnn", "splash"]
 Wanted = Literal["auto", "xla", "cudnn", "splash"]
@@ -95,7 +98,7 @@ def prompt_attention(
     kernel = _kernel(wanted, where or machine(), q, scoring, window)
     if kernel is None:
         return causal_attention(q, k, v, scoring, window)
-    return fused_attention(kernel, scoring, q, (Keys(k, v, None),))
+    return _fused(kernel, scoring, q, (Keys(k, v, None),))
 
 
 def completion_attention(
@@ -121,7 +124,27 @@ def completion_attention(
     group = q.shape[1]
     rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
     shared = Keys(_repeated(prompt_k, group), _repeated(prompt_v, group), prompt_lengths.reshape(-1))
-    return fused_attention(kernel, scoring, rows[0], (shared, Keys(rows[1], rows[2], None))).reshape(q.shape)
+    return _fused(kernel, scoring, rows[0], (shared, Keys(rows[1], rows[2], None))).reshape(q.shape)
+
+
+def _fused(kernel: Kernel, scoring: Scoring, q: Float[Array, "B H T E"], sets: tuple[Keys, ...]) -> Array:
+    """``fused_attention``; on a mesh each device runs the kernel on its own rows and heads: XLA cannot cut a kernel."""
+    run, mesh = functools.partial(fused_attention, kernel, scoring), active()
+    if mesh is None:
+        return run(q, sets)
+
+    def where(axes: str, x: Array | None) -> PartitionSpec | None:
+        return None if x is None else fitting(axes, "moving", x.shape, mesh)
+
+    queries = where("PH..", q)
+    keys = tuple((where("PK..", one.k), where("PK..", one.v), where("P", one.lengths)) for one in sets)
+    arrays = tuple(tuple(one) for one in sets)
+    return jax.shard_map(
+        lambda q, sets: run(q, tuple(Keys(*one) for one in sets)),
+        in_specs=(queries, keys),
+        out_specs=queries,
+        check_vma=False,
+    )(q, arrays)
 
 
 def _repeated(x: Float[Array, "P K S E"], group: int) -> Float[Array, "P*G K S E"]:

@@ -1,7 +1,7 @@
 """The arguments of a run's programs, as shapes that know where they lie: nothing is allocated.
 
-    state_of(spec, config, compute).params["embed"]["embedding"]
-    # ShapeDtypeStruct(shape=(152064, 3584), dtype=float32, sharding=NamedSharding(mesh, P('tensor', 'fsdp')))
+state_of(spec, config, compute).params["embed"]["embedding"]
+# ShapeDtypeStruct(shape=(152064, 3584), dtype=float32, sharding=NamedSharding(mesh, P('tensor', 'fsdp')))
 """
 
 import functools
@@ -10,20 +10,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from kardia_jax.config import Config, GrpoConfig, ModelConfig
 from kardia_jax.hf import gguf
 from kardia_jax.hf.read import config_of
 from kardia_jax.keys import Purpose, row_keys
+from kardia_jax.model.decoding import Storage
 from kardia_jax.model.policy import Compute
 from kardia_jax.model.shapes import SHAPES, named_shape
-from kardia_jax.model.sharding import everywhere, rows_sharding, shardings
+from kardia_jax.model.sharding import Column, everywhere, fitting, on_mesh, rows_sharding, shardings
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.placement import HOST
-from kardia_jax.plan.memory import trees
+from kardia_jax.plan.memory import Shape, trees
+from kardia_jax.rollout.sampler import Rows, empty
 from kardia_jax.types import GroupBatch, Params, TrainState
 from kardia_jax.warmup import largest_rollouts
+
+CACHE_AXES = 4
+"""Of the sampler's keys and values: rows, kv heads, and positions and width in either order."""
 
 
 class Arguments(NamedTuple):
@@ -33,7 +38,9 @@ class Arguments(NamedTuple):
     frozen: Params
     reference: Params | None
     full: Params
-    """Trained and frozen parameters joined, as the sampler reads them."""
+    """Trained and frozen parameters joined, as prefill reads them."""
+    weights: Params
+    """The sampler's copy, with which it decodes."""
 
 
 def spec_of(config: ModelConfig) -> ModelSpec:
@@ -54,10 +61,12 @@ def arguments(spec: ModelSpec, config: Config, compute: Compute) -> Arguments:
     frozen, reference = placed(whole.frozen, compute), None
     if grpo.loss.beta > 0:
         reference = frozen if lora.rank else placed(whole.params, compute, grpo.offload_reference)
-    return Arguments(state, frozen, reference, placed(whole.full(lora), compute))
+    return Arguments(
+        state, frozen, reference, placed(whole.full(lora), compute), placed(whole.weights, compute, column="used")
+    )
 
 
-def placed(tree: Any, compute: Compute, host: bool = False) -> Any:
+def placed(tree: Any, compute: Compute, host: bool = False, column: Column = "stored") -> Any:
     """Parameters or moments where the table wants them, or in the memory of their hosts."""
 
     def one(leaf: Any, where: Sharding) -> jax.ShapeDtypeStruct:
@@ -66,7 +75,7 @@ def placed(tree: Any, compute: Compute, host: bool = False) -> Any:
 
     if compute.mesh is None:
         return jax.tree.map(lambda leaf: one(leaf, SingleDeviceSharding(jax.devices()[0])), tree)
-    return jax.tree.map(one, tree, shardings(tree, compute.mesh))
+    return jax.tree.map(one, tree, shardings(tree, compute.mesh, column))
 
 
 def batch_of(grpo: GrpoConfig, prompt_tokens: int, groups: int, compute: Compute, several: bool) -> GroupBatch:
@@ -91,19 +100,22 @@ def on_rows(tree: Any, compute: Compute, groups: int) -> Any:
     return jax.tree.map(one, tree)
 
 
-def keys_of(groups: int, group: int) -> jax.ShapeDtypeStruct:
-    """The keys of a sampler's call."""
+def seats(spec: ModelSpec, compute: Compute, storage: Storage, shape: Shape, budget: int) -> Rows:
+    """The sampler's state with room for every group that sits at once, its rings at their longest."""
     make = functools.partial(row_keys, 0, Purpose.ROLLOUT, 0)
-    return jax.eval_shape(lambda: make(jnp.arange(groups), group))
+    keys = jax.eval_shape(lambda: make(jnp.arange(shape.seated), shape.group))
+    sizes = {"size": shape.prompt, "columns": shape.columns, "budget": budget}
+    room = functools.partial(empty, spec, compute, storage, **sizes)
+    rows = jax.eval_shape(on_mesh(compute.mesh, room), keys, jax.ShapeDtypeStruct((), jnp.int32))
 
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        if compute.mesh is None or not leaf.ndim:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_whole(compute))
+        axes = "PK.." if leaf.ndim == CACHE_AXES else "P" + "." * (leaf.ndim - 1)
+        where = NamedSharding(compute.mesh, fitting(axes, "moving", leaf.shape, compute.mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-def results(lowered: Any, compiled: Any) -> Any:
-    """What a program gives, as arguments of the next."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        lowered.out_info,
-        compiled.output_shardings,
-    )
+    return jax.tree.map(one, rows)
 
 
 def _rows(compute: Compute) -> Sharding:

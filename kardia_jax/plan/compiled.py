@@ -19,7 +19,7 @@ from kardia_jax.grpo.update import grpo_objective, no_sums
 from kardia_jax.model.decoding import Storage
 from kardia_jax.model.policy import Compute
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.plan.abstract import Arguments, batch_of, keys_of, on_rows, placed, results
+from kardia_jax.plan.abstract import Arguments, batch_of, placed, seats
 from kardia_jax.plan.hlo import Collective, collectives
 from kardia_jax.plan.memory import Shape
 from kardia_jax.programs import (
@@ -60,39 +60,28 @@ class Program(NamedTuple):
         return self.times * sum(one.sent for one in self.collectives)
 
 
-def programs(
-    spec: ModelSpec, config: Config, compute: Compute, given: Arguments, shape: Shape
-) -> Iterator[Program]:
+def programs(spec: ModelSpec, config: Config, compute: Compute, given: Arguments, shape: Shape) -> Iterator[Program]:
     """Sampling (the copy of the weights, prompts, decoding), scoring, the update: lowered and compiled in turn."""
     yield from sampling(spec, config, compute, given, shape)
     yield from learning(spec, config, compute, given, shape)
 
 
-def sampling(
-    spec: ModelSpec, config: Config, compute: Compute, given: Arguments, shape: Shape
-) -> Iterator[Program]:
+def sampling(spec: ModelSpec, config: Config, compute: Compute, given: Arguments, shape: Shape) -> Iterator[Program]:
     """Everything between parameters and completions."""
     settings, calls = config.grpo.sampler, shape.prompts / shape.seated
-    made = sampler_programs(spec, compute, Storage(settings.kv_dtype, settings.weights_dtype))
-    copied = made.weights.lower(given.full)
-    program, copying = _compiled("weights", "prefill", 1, copied)
-    yield program
-    keys = keys_of(shape.seated, shape.group)
-    room = {"size": shape.prompt, "columns": shape.columns, "budget": settings.max_new_tokens}
-    nobody = made.empty.lower(keys, jnp.int32(0), **room)
-    rows = results(nobody, nobody.compile())
-    tokens, lengths = _ids(shape.seated, shape.prompt), _ids(shape.seated)
+    storage = Storage(settings.kv_dtype, settings.weights_dtype)
+    made: Any = sampler_programs(spec, compute, storage)
+    yield _compiled("weights", "prefill", 1, made.weights.lower(given.full))
+    rows = seats(spec, compute, storage, shape, settings.max_new_tokens)
+    keys, tokens, lengths = rows.keys, _ids(shape.seated, shape.prompt), _ids(shape.seated)
     admitted = made.admit.lower(given.full, rows, tokens, lengths, keys, lengths, jnp.int32(0))
-    yield _compiled("admit", "prefill", calls, admitted)[0]
-    weights = results(copied, copying)
+    yield _compiled("admit", "prefill", calls, admitted)
     controls, zero = Controls.from_config(settings), jnp.int32(0)
-    decoded = made.decode.lower(weights, rows, controls, jnp.zeros(STOPS, jnp.int32), zero, zero, zero)
-    yield _compiled("decode", "decode", calls, decoded, settings.max_new_tokens)[0]
+    decoded = made.decode.lower(given.weights, rows, controls, jnp.zeros(STOPS, jnp.int32), zero, zero, zero)
+    yield _compiled("decode", "decode", calls, decoded, settings.max_new_tokens)
 
 
-def learning(
-    spec: ModelSpec, config: Config, compute: Compute, given: Arguments, shape: Shape
-) -> Iterator[Program]:
+def learning(spec: ModelSpec, config: Config, compute: Compute, given: Arguments, shape: Shape) -> Iterator[Program]:
     """Log-probs of the reference and of the old policy, as far as the loss reads them, and the updates."""
     grpo, prompt = config.grpo, config.data.max_prompt_tokens
     updates = grpo.minibatches * grpo.passes
@@ -102,8 +91,9 @@ def learning(
         batch = batch_of(grpo, prompt, shape.prompts, compute, False)
         batch = batch._replace(ref_logprobs=None, entropy_floor=None)
         params = given.full if given.reference is None else given.reference
-        lowered = make_score(spec, compute).lower(params, batch, jnp.float32(1))
-        yield _compiled("score", "score", scored, lowered)[0]
+        program: Any = make_score(spec, compute)
+        lowered = program.lower(params, batch, jnp.float32(1))
+        yield _compiled("score", "score", scored, lowered)
     optimizer = make_optimizer(grpo.optimizer, 1)
     objective = grpo_objective(make_loss(grpo.loss, grpo.sampler.max_new_tokens))
     update = make_compiled_update(
@@ -120,20 +110,20 @@ def learning(
     size = shape.prompts // grpo.minibatches
     if isinstance(update, WholeUpdate):
         batch = batch_of(grpo, prompt, size, compute, several)
-        yield _compiled("update", "update", updates, update.step.lower(given.state, batch, given.frozen))[0]
+        yield _compiled("update", "update", updates, update.step.lower(given.state, batch, given.frozen))
     if isinstance(update, UpdateByTokens):
         part = batch_of(grpo, prompt, shape.micro, compute, several)
         sums = placed(jax.eval_shape(no_sums, given.state.params), compute)
         lowered = update.accumulate.lower(sums, given.state.params, part, jnp.int32(0), given.state.step, given.frozen)
-        yield _compiled("gradient", "update", updates * size / shape.micro, lowered)[0]
-        yield _compiled("optimizer", "update", updates, update.apply.lower(given.state, sums))[0]
+        yield _compiled("gradient", "update", updates * size / shape.micro, lowered)
+        yield _compiled("optimizer", "update", updates, update.apply.lower(given.state, sums))
 
 
 def _ids(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _compiled(name: str, phase: str, times: float, lowered: Any, trips: float = 1.0) -> tuple[Program, Any]:
+def _compiled(name: str, phase: str, times: float, lowered: Any, trips: float = 1.0) -> Program:
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -141,9 +131,9 @@ def _compiled(name: str, phase: str, times: float, lowered: Any, trips: float = 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         first = next((line for line in str(error).splitlines() if USED.search(line)), str(error).splitlines()[0])
-        return Program(name, phase, times, time.perf_counter() - start, 0, 0, 0, [], first[:300]), None
+        return Program(name, phase, times, time.perf_counter() - start, 0, 0, 0, [], first[:300])
     memory = compiled.memory_analysis()
-    found = Program(
+    return Program(
         name,
         phase,
         times,
@@ -153,4 +143,3 @@ def _compiled(name: str, phase: str, times: float, lowered: Any, trips: float = 
         memory.temp_size_in_bytes,
         collectives(compiled.as_text(), trips),
     )
-    return found, compiled

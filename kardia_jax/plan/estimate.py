@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from kardia_jax.bench import work
-from kardia_jax.bench.work import Lengths, Work
+from kardia_jax.bench.work import Lengths
 from kardia_jax.chips import Chip
 from kardia_jax.config import Config
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.plan.memory import Memory
 
 EFFICIENCY = {"flops": 0.4, "memory": 0.7, "interconnect": 0.7}
 """Shares of the ceilings that programs of this kind are taken to reach: assumptions, not measurements."""
@@ -51,34 +52,36 @@ class Limits(NamedTuple):
 
 
 def phases(
-    spec: ModelSpec, config: Config, element: int, sizes: tuple[int, int, int], sent: Mapping[str, float]
+    spec: ModelSpec, config: Config, held: Memory, element: int, sizes: tuple[int, int, int], sent: Mapping[str, float]
 ) -> list[Phase]:
-    """The phases of one GRPO step at full lengths; ``sent`` has the bytes that a device sends, by phase."""
+    """The phases of one GRPO step at full lengths; ``sent`` has the bytes that a device sends, by phase.
+
+    Every device reads all weights that it gathers, in every pass: those of the model over ``tensor``.
+    """
     grpo, devices = config.grpo, sizes[0] * sizes[1] * sizes[2]
     lengths = Lengths(grpo.prompts, grpo.group, config.data.max_prompt_tokens, grpo.sampler.max_new_tokens)
     updates = grpo.minibatches * grpo.passes
     scored = (grpo.loss.beta > 0) + (updates > 1 or grpo.loss.top_entropy < 1)
-    part = lengths._replace(prompts=grpo.prompts // grpo.minibatches)
-    one = work.update(spec, part, grpo.micro_batches)
-    again = work.score(spec, part).shared_flops if config.model.remat == "block" else 0.0
-    update = one._replace(shared_flops=one.shared_flops + again).times(updates)
-    weights = (work.block_parameters(spec) + work.head_parameters(spec)) * element
-    decode = work.decode(spec, lengths, element)
-    return [
-        _phase("prefill", work.prefill(spec, lengths, element), weights, 1, sizes, sent),
-        _phase("decode", decode, weights, lengths.new_tokens - 1, sizes, sent),
-        _phase("score", work.score(spec, lengths).times(scored), weights, scored, sizes, sent),
-        Phase("update", update.shared_flops / devices, update.bytes / devices, sent.get("update", 0.0)),
-    ]
-
-
-def _phase(
-    name: str, done: Work, weights: float, passes: int, sizes: tuple[int, int, int], sent: Mapping[str, float]
-) -> Phase:
-    """A forward phase: what is gathered over fsdp is read whole by every device, the rest is shared out."""
-    data, fsdp, tensor = sizes
-    shared = max(done.bytes - passes * weights, 0.0) / (data * fsdp * tensor)
-    return Phase(name, done.shared_flops / (data * fsdp * tensor), passes * weights / tensor + shared, sent.get(name, 0.0))
+    whole = (work.block_parameters(spec) + work.head_parameters(spec)) * element
+    weights, again = whole / sizes[2], config.model.remat == "block"
+    score, steps = work.score(spec, lengths), lengths.new_tokens - 1
+    prefill, decode = work.prefill(spec, lengths, element), work.decode(spec, lengths, element)
+    # The sum of the gradients is read and written by each micro-batch; AdamW reads it, and reads and writes the rest.
+    kept = (2 * grpo.micro_batches + 7) * held.parameters
+    passes = (2 + again) * grpo.micro_batches
+    flops = {
+        "prefill": prefill.shared_flops,
+        "decode": decode.shared_flops,
+        "score": scored * score.shared_flops,
+        "update": (3 + again) * grpo.passes * score.shared_flops,
+    }
+    moved = {
+        "prefill": weights + (prefill.bytes - whole) / devices,
+        "decode": steps * weights + (decode.bytes - steps * whole) / devices,
+        "score": scored * weights,
+        "update": updates * (passes * weights + kept),
+    }
+    return [Phase(name, flops[name] / devices, moved[name], sent.get(name, 0.0)) for name in flops]
 
 
 def limits(phase: Phase, chip: Chip, devices: int) -> Limits:

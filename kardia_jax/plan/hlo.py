@@ -10,8 +10,8 @@ is an all-reduce of 2,048 bytes among 4 devices, 5 times. A device of a ring of 
     collective-permute                        what it holds
 
 where the whole is the result of an all-gather and the operand of a reduce-scatter. Of a conditional the branch that
-sends most counts. Where the text does not say how often a loop turns (a ``while_loop`` of its program's own), the caller
-says it.
+sends most counts. Where the text does not say how often a loop turns (a ``while_loop`` of its program's own), the
+caller says it.
 """
 
 import math
@@ -138,7 +138,9 @@ def _of(name: str, times: float, computations: Computations, unknown: float) -> 
             turns = trip_count(one, inside, computations)
             yield from _of(called["body"][0], times * (unknown if turns is None else turns), computations, unknown)
         elif one.op == "conditional":
-            branches = [list(_of(branch, times, computations, unknown)) for names in called.values() for branch in names]
+            branches = [
+                list(_of(branch, times, computations, unknown)) for names in called.values() for branch in names
+            ]
             yield from max(branches, key=lambda found: sum(one.sent for one in found), default=[])
         elif one.op in ("call", "fusion", "async-start", "custom-call"):
             for callee in called.get("calls", []) + called.get("to_apply", []):
@@ -178,9 +180,7 @@ def trip_count(loop: Instruction, around: list[Instruction], computations: Compu
         return None
     start = {one.name: one for one in around}
     before = _elements(start.get(NAME.findall(loop.operands)[0]))
-    counter, limit = (
-        _constant(condition.get(name), condition, start, before) for name in NAME.findall(test.operands)
-    )
+    counter, limit = (_constant(condition.get(name), condition, start, before) for name in NAME.findall(test.operands))
     # Counters that the text does not trace back start at 0: JAX's scans do.
     return None if limit is None else limit - (counter or 0)
 

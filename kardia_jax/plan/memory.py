@@ -5,7 +5,8 @@ model (7.6e9 parameters) on 4 x 4 devices (fsdp x tensor) each is 7.6e9 x 4 / 16
 is bfloat16 and gathered over fsdp, 7.6e9 x 2 / 4 = 3.8 GB.
 
 Activations are an estimate: of what the backward pass keeps all arrays are counted, of what lives for one layer or one
-slice of the head the large ones, twice (value and gradient). A compiler may keep more (copies, layouts, padding) or less.
+slice of the head the large ones, twice (value and gradient). A compiler may keep more (copies, layouts, padding) or
+less.
 """
 
 import functools
@@ -23,7 +24,7 @@ from kardia_jax.grpo.optimizer import make_optimizer
 from kardia_jax.model.decoding import Storage, decoding_weights
 from kardia_jax.model.lora import init_adapter, joined
 from kardia_jax.model.policy import Compute, init
-from kardia_jax.model.sharding import shardings
+from kardia_jax.model.sharding import Column, shardings
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.rollout.engine import SHORTEST
 from kardia_jax.types import NOTHING, Params
@@ -42,13 +43,14 @@ class Memory(NamedTuple):
     """The base under an adapter."""
     reference: int
     gradients: int
-    """While an update runs."""
+    """While an update runs: the sum over micro-batches, and that of the micro-batch that is added to it."""
     sampler_weights: int
     """While completions are sampled: the copy in the compute type, adapters merged, gathered over fsdp."""
     kv: int
     """Keys and values of prompts and completions, at their longest."""
     sampling: int
-    """Logits of a decode step, or what prefill of the prompts holds if that is more."""
+    """Logits of a decode step, what prefill holds, or the gathered stack of blocks of which the sampler's copy is made:
+    whichever is most."""
     activations: int
     """Of one micro-batch, the head's slice included."""
 
@@ -146,7 +148,7 @@ def trees(spec: ModelSpec, config: Config, dtype: str) -> Trees:
     return Trees(params, frozen, moments, jax.eval_shape(lambda params: copied(params=params), read))
 
 
-def bytes_on_device(tree: Any, mesh: AbstractMesh, column: str = "stored") -> int:
+def bytes_on_device(tree: Any, mesh: AbstractMesh, column: Column = "stored") -> int:
     """Of all arrays of a tree that the table shares out over this mesh."""
     placed = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh, column)), strict=True)
     return sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in placed)
@@ -164,16 +166,18 @@ def memory(spec: ModelSpec, config: Config, compute: Compute, sizes: tuple[int, 
     whole = trees(spec, config, compute.dtype)
     shape, element = shape_of(config, data * fsdp), jnp.dtype(compute.dtype).itemsize
     parameters = bytes_on_device(whole.params, mesh)
+    copy = bytes_on_device(whole.weights, mesh, "used")
     needs_reference = grpo.loss.beta > 0 and not lora.rank and not grpo.offload_reference
     return Memory(
         parameters=parameters,
         moments=0 if grpo.optimizer.offload else bytes_on_device(whole.opt_state, mesh),
         frozen=bytes_on_device(whole.frozen, mesh),
         reference=parameters if needs_reference else 0,
-        gradients=parameters,
-        sampler_weights=bytes_on_device(whole.weights, mesh, "used"),
+        gradients=2 * parameters,
+        sampler_weights=copy,
         kv=kv_bytes(spec, config, shape, element, sizes),
         sampling=max(
+            copy if fsdp > 1 else 0,
             logits_bytes(spec, -(-shape.seated // (data * fsdp)) * shape.group, tensor),
             prefill_bytes(spec, compute, shape, element, sizes, fused),
         ),
@@ -250,4 +254,6 @@ def head_bytes(spec: ModelSpec, compute: Compute, tokens: int, tensor: int) -> i
     table = spec.vocab_size * spec.width // tensor
     element = jnp.dtype(compute.dtype).itemsize
     chunk = min(compute.head_chunk, tokens)
-    return 3 * chunk * spec.vocab_size // tensor * MASTER + table * (element + MASTER) + 2 * tokens * spec.width * element
+    return (
+        3 * chunk * spec.vocab_size // tensor * MASTER + table * (element + MASTER) + 2 * tokens * spec.width * element
+    )
