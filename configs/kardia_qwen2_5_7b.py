@@ -11,10 +11,10 @@ Hardware: 8 x A100-80 as in the paper, or 8 x H100, with the mesh below (fsdp 4 
     kardia plan configs/kardia_qwen2_5_7b.py --mesh.tensor 4 --topology v5e:4x4
 
 The paper (arXiv 2512.01282) fixes: AdamW, 2 epochs each, batch 128 at 1e-4 for SFT and batch 32 with groups of 8 at
-1e-6 for GRPO, three rewards of equal weight, 8 x A100. It is silent on what follows, which are the defaults of
-ms-swift, its framework, at the time: beta 0.04, clip range 0.2, temperature 0.9, 512 new tokens, sequence-mean loss, division by
-the group's std, weight decay 0.1, beta2 0.95, cosine, clipping at 1.0. That a batch of 32 counts completions, 4 prompts
-x 8, is our reading. Mesh, remat and moments in host memory change no result beyond rounding.
+1e-6 for GRPO, three rewards of equal weight, 8 x A100. It is silent on what follows; these are the defaults of
+ms-swift, its framework, at the time: beta 0.04, clip range 0.2, temperature 0.9, 512 new tokens, sequence-mean loss,
+division by the group's std, weight decay 0.1, beta2 0.95, cosine, clipping at 1.0. That a batch of 32 counts
+completions, 4 prompts x 8, is our reading. Mesh and remat change no result beyond rounding.
 """
 
 from kardia_jax.config import (

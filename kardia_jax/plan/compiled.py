@@ -51,6 +51,8 @@ class Program(NamedTuple):
     """Those that take no argument's place."""
     temporaries: int
     collectives: list[Collective]
+    kernels: int = 0
+    """Pallas kernels that are called."""
     refused: str = ""
     """What the compiler said where it does not fit; the bytes are then 0."""
 
@@ -131,8 +133,8 @@ def _compiled(name: str, phase: str, times: float, lowered: Any, trips: float = 
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         first = next((line for line in str(error).splitlines() if USED.search(line)), str(error).splitlines()[0])
-        return Program(name, phase, times, time.perf_counter() - start, 0, 0, 0, [], first[:300])
-    memory = compiled.memory_analysis()
+        return Program(name, phase, times, time.perf_counter() - start, 0, 0, 0, [], refused=first[:300])
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return Program(
         name,
         phase,
@@ -141,5 +143,6 @@ def _compiled(name: str, phase: str, times: float, lowered: Any, trips: float = 
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        collectives(compiled.as_text(), trips),
+        collectives(text, trips),
+        text.count('custom_call_target="tpu_custom_call"'),
     )

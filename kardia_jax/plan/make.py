@@ -90,6 +90,7 @@ def of_program(program: Program) -> dict[str, Any]:
         "result_bytes": program.results,
         "temporary_bytes": program.temporaries,
         "sent_bytes": {kind: round(sent) for kind, sent in sent_by_kind(program.collectives).items()},
+        "kernels": program.kernels,
         "refused": program.refused,
     }
 

@@ -78,8 +78,8 @@ def _gathered(found: dict[str, Any]) -> list[str]:
         return []
     copy = found["chips"][0]["bytes"]["sampler_weights"]
     return [
-        f"The sampler's copy of the weights is gathered over fsdp ({fsdp} devices) once a step, {gib(copy)} GiB on each "
-        "device; decoding then gathers none."
+        f"The sampler's copy of the weights is gathered over fsdp ({fsdp} devices) once a step, {gib(copy)} GiB on "
+        "each device; decoding then gathers none."
     ]
 
 
@@ -109,13 +109,13 @@ def _notes(found: dict[str, Any]) -> str:
     shares = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in EFFICIENCY.items())
     notes = [
         f"Seconds are a floor: each phase by the lowest of three ceilings, of which it is taken to reach {shares}; "
-        f"full lengths; the judge, the host and latencies are not in it. Beyond a node, {NETWORK / 1e9:.0f} GB/s a chip.",
+        f"full lengths; the judge, the host and latencies are not in it. Beyond a node, {NETWORK / 1e9:.0f} GB/s.",
         f"{100 * USABLE:.0f} % of a chip's memory is taken to be usable.",
     ]
     if found["compiled_for"] == "cpu":
         notes.append(
-            "Compiled for CPU devices: arguments are exact, but a CPU widens bfloat16, stores attention scores and makes "
-            "no reduce-scatter of an all-reduce, so temporaries and bytes sent are too high; arithmetic decides. For TPUs "
-            "--topology compiles the real programs."
+            "Compiled for CPU devices: arguments are exact, but a CPU widens bfloat16, stores attention scores and "
+            "makes no reduce-scatter of an all-reduce, so temporaries and bytes sent are too high; arithmetic decides. "
+            "For TPUs --topology compiles the real programs."
         )
     return "\n".join(notes)

@@ -87,6 +87,8 @@ def environment(devices: int, topology: str | None) -> dict[str, str]:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_LOG_DIR": "disabled",
+        # Compiling touches no TPU, so several processes may do it at once.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     # What the asking process runs on says nothing here; a flag for its GPU would be refused by a build without one.
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | names
