@@ -279,7 +279,8 @@ def test_cancelling_ends_requests_and_leaves_nothing_running():
     control = traffic(concurrency=5)
 
     async def main():
-        whole = asyncio.create_task(together([control.call(send, 10) for _ in range(20)]))
+        calls = [control.call(send, 10) for _ in range(20)]
+        whole = asyncio.create_task(together(calls))
         await asyncio.sleep(1.0)
         whole.cancel()
         with pytest.raises(asyncio.CancelledError):
