@@ -3,6 +3,9 @@
 Everything under them is a plain function; this is the only place of the training path that says ``jax.jit``. Shapes
 that vary (prompt and completion length) are padded to few sizes by the callers, temperatures and filters are arrays,
 so a run compiles each program once per pair of sizes; the same model evaluated again compiles nothing.
+
+On a mesh (``Compute.mesh``) the same functions are traced with the table of ``model/sharding.py`` in force. What a
+program changes - the state, sums, rows - comes out as it went in, so the second step compiles nothing.
 """
 
 import functools
@@ -14,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.stages import Compiled
+from jax.sharding import Mesh
+from jax.stages import Compiled, Lowered
 from jaxtyping import Array, Float, Int
 
 from kardia_jax.config import FULL, LoraConfig, ModelConfig
@@ -25,6 +29,7 @@ from kardia_jax.grpo.update import (
     Sums,
     apply_sums,
     completion_mask,
+    init_state,
     make_accumulate,
     make_update,
     no_sums,
@@ -35,8 +40,9 @@ from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.head import sampled_logits
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_hidden, group_logprobs, head_table
+from kardia_jax.model.sharding import everywhere, on_mesh, row_shards, rows_sharding, shardings
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.placement import on_device
+from kardia_jax.placement import on_device, shared_out
 from kardia_jax.rollout import batching, sampler
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import SHORTEST
@@ -64,19 +70,68 @@ class CompiledUpdate(Protocol):
 
 
 @dataclass(frozen=True)
+class InPlace:
+    """(first, ...) -> (first, ...) compiled for a mesh: the first result lies where the first argument lay, which it
+    takes; the rest lies whole on every device."""
+
+    function: Callable[..., Any]
+    mesh: Mesh
+
+    def __call__(self, first: Any, *rest: Any) -> Any:
+        return self._compiled(first)(first, *rest)
+
+    def lower(self, first: Any, *rest: Any) -> Lowered:
+        return self._compiled(first).lower(first, *rest)
+
+    def _compiled(self, first: Any) -> Any:
+        leaves, tree = jax.tree.flatten(first)
+        return _in_place(self.function, self.mesh, tree, tuple(leaf.sharding for leaf in leaves))
+
+
+@functools.cache
+def _in_place(function: Callable[..., Any], mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Any:
+    out = jax.tree.unflatten(tree, places), everywhere(mesh)
+    return jax.jit(on_mesh(mesh, function), donate_argnums=0, out_shardings=out)
+
+
+def in_place(function: Callable[..., Any], mesh: Mesh | None) -> Any:
+    """(first, ...) -> (first, ...) compiled; ``first`` is donated."""
+    return jax.jit(function, donate_argnums=0) if mesh is None else InPlace(function, mesh)
+
+
+def make_start(optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Callable[[Params], TrainState]:
+    """``init_state``, its moments where their parameters lie on the mesh; the parameters stay the caller's own."""
+    if mesh is None:
+        return functools.partial(init_state, optimizer=optimizer)
+
+    def start(params: Params) -> TrainState:
+        places = shardings(jax.eval_shape(optimizer.init, params), mesh)
+        zero = jax.device_put(jnp.int32(0), everywhere(mesh))
+        return TrainState(zero, params, jax.jit(optimizer.init, out_shardings=places)(params), jnp.copy(zero))
+
+    return start
+
+
+def placed(batch: GroupBatch, mesh: Mesh | None) -> GroupBatch:
+    """The batch shared out over the mesh, whole groups to each device."""
+    return batch if mesh is None else shared_out(batch, rows_sharding(mesh), everywhere(mesh))
+
+
+@dataclass(frozen=True)
 class WholeUpdate:
     """All micro-batches and the optimizer's step in one program."""
 
     step: Any
     """Compiled: (state, batch, frozen) -> (state, metrics)."""
+    mesh: Mesh | None = None
 
     def __call__(
         self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
     ) -> tuple[TrainState, dict[str, Mean]]:
-        return self.step(state, batch, frozen)
+        return self.step(state, placed(batch, self.mesh), frozen)
 
     def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
-        yield f"update of {shape_of(batch)}", self.step.lower(state, batch, frozen).compile()
+        yield f"update of {shape_of(batch)}", self.step.lower(state, placed(batch, self.mesh), frozen).compile()
 
 
 @dataclass(frozen=True)
@@ -94,12 +149,13 @@ class UpdateByTokens:
     add: Callable[..., dict[str, Mean]] = field(
         default_factory=lambda: jax.jit(functools.partial(jax.tree.map, jnp.add))
     )
+    mesh: Mesh | None = None
 
     def __call__(
         self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
     ) -> tuple[TrainState, dict[str, Mean]]:
         sums, metrics = self.start(state.params), None
-        for place, part in enumerate(cut_by_tokens(batch, self.budget, self.shortest)):
+        for place, part in enumerate(self._parts(batch)):
             sums, means = self.accumulate(sums, state.params, part, np.int32(place), state.step, frozen)
             metrics = means if metrics is None else self.add(metrics, means)
         state, norms = self.apply(state, sums)
@@ -107,12 +163,16 @@ class UpdateByTokens:
 
     def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
         sums, seen = self.start(state.params), set()
-        for part in cut_by_tokens(batch, self.budget, self.shortest):
+        for part in self._parts(batch):
             if shape_of(part) not in seen:
                 lowered = self.accumulate.lower(sums, state.params, part, np.int32(0), state.step, frozen)
                 yield f"gradient of {shape_of(part)}", lowered.compile()
             seen.add(shape_of(part))
         yield "optimizer", self.apply.lower(state, sums).compile()
+
+    def _parts(self, batch: GroupBatch) -> Iterator[GroupBatch]:
+        for part in cut_by_tokens(batch, self.budget, self.shortest, row_shards(self.mesh)):
+            yield placed(part, self.mesh)
 
 
 def shape_of(batch: GroupBatch) -> str:
@@ -121,12 +181,12 @@ def shape_of(batch: GroupBatch) -> str:
     return f"{groups} groups x ({batch.prompt_tokens.shape[1]} + {group} x {completion}) tokens"
 
 
-def compute_for(config: ModelConfig) -> Compute:
+def compute_for(config: ModelConfig, mesh: Mesh | None = None) -> Compute:
     """The compute settings of this machine: what the config leaves open is float32 and small slices on CPU, bfloat16
     and large ones elsewhere."""
     native, chunk = ("float32", 128) if jax.default_backend() == "cpu" else ("bfloat16", 1024)
     dtype = native if config.dtype == "auto" else config.dtype
-    return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention)
+    return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention, mesh)
 
 
 @functools.cache
@@ -170,7 +230,11 @@ def make_score(spec: ModelSpec, compute: Compute) -> Score:
     def fetch_and_score(params: Params, batch: GroupBatch, temperature: Float[Array, ""]) -> tuple[Array, Array]:
         return score(spec, compute, on_device(params), batch, temperature)
 
-    return jax.jit(fetch_and_score)
+    mesh = compute.mesh
+    if mesh is None:
+        return jax.jit(fetch_and_score)
+    program = jax.jit(on_mesh(mesh, fetch_and_score), out_shardings=rows_sharding(mesh))
+    return lambda params, batch, temperature: program(params, placed(batch, mesh), temperature)
 
 
 def next_logprobs(
@@ -227,13 +291,14 @@ def make_compiled_update(
 
         return forward
 
+    mesh = compute.mesh
     if tokens_per_micro_batch is not None:
-        return update_by_tokens(forward_of, objective, optimizer, tokens_per_micro_batch)
+        return update_by_tokens(forward_of, objective, optimizer, tokens_per_micro_batch, mesh=mesh)
 
     def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
         return make_update(forward_of(frozen, state.step), objective, optimizer, micro_batches)(state, batch)
 
-    return WholeUpdate(jax.jit(update, donate_argnums=0))
+    return WholeUpdate(in_place(update, mesh), mesh)
 
 
 def update_by_tokens(
@@ -242,15 +307,18 @@ def update_by_tokens(
     optimizer: optax.GradientTransformation,
     budget: int,
     shortest: int = SHORTEST,
+    mesh: Mesh | None = None,
 ) -> UpdateByTokens:
     """``make_compiled_update`` over micro-batches within ``budget`` tokens, for any forward pass (frozen, update) ->
     ``Forward``; one program per padded shape, and lengths are padded to ``shortest`` at least."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def accumulate(
         sums: Sums, params: Params, part: GroupBatch, place: Int[Array, ""], step: Int[Array, ""], frozen: Params
     ) -> tuple[Sums, dict[str, Mean]]:
         return make_accumulate(forward_of(frozen, step), objective)(sums, params, part, place)
 
-    apply = jax.jit(functools.partial(apply_sums, optimizer=optimizer), donate_argnums=0)
-    return UpdateByTokens(budget, shortest, accumulate, apply)
+    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Mean]]:
+        return apply_sums(state, sums, optimizer)
+
+    start = jax.jit(on_mesh(mesh, no_sums))
+    return UpdateByTokens(budget, shortest, in_place(accumulate, mesh), in_place(apply, mesh), start, mesh=mesh)

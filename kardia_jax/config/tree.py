@@ -14,6 +14,7 @@ from typing import Any, Literal
 from kardia_jax.config.errors import check_choices, require
 from kardia_jax.config.judge import JudgeConfig
 from kardia_jax.config.lora import LoraConfig
+from kardia_jax.config.mesh import MeshConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 
 
@@ -334,6 +335,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     sft: SftConfig = field(default_factory=SftConfig)

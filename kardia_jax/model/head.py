@@ -12,11 +12,20 @@ A soft cap makes c tanh(h·Wᵀ / c) of h·Wᵀ, before the temperature (Gemma 2
 
 The gradient of the table is added up in float32 over slices whatever the compute type: rounding each slice to
 bfloat16 is a known way to bias training.
+
+On a mesh each device has the tokens of its own rows and some rows of the table, whose columns are gathered once.
+Maximum, norm, entropy, chosen logit and dh are added up over the vocabulary's axis slice by slice, dW over the axes of
+rows at the end. A slice that holds a token on some device is computed on all.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+
+from kardia_jax.model.sharding import Cut, active, cut, first_row, partition
 
 FLOOR = -1e9
 """Log-prob (nats) of a token that cannot be sampled; exp of it is 0."""
@@ -46,8 +55,10 @@ def sampled_logits(
     return _without_padding(model_logits(hidden, table, softcap), sampled_tokens)
 
 
-def _without_padding(z: Float[Array, "... V"], sampled_tokens: int) -> Float[Array, "... V"]:
-    return z if sampled_tokens == z.shape[-1] else jnp.where(jnp.arange(z.shape[-1]) < sampled_tokens, z, -jnp.inf)
+def _without_padding(z: Float[Array, "... V"], sampled_tokens: int, first: Int[Array, ""] | int = 0) -> Array:
+    if isinstance(first, int) and sampled_tokens == z.shape[-1]:
+        return z
+    return jnp.where(jnp.arange(z.shape[-1]) + first < sampled_tokens, z, -jnp.inf)
 
 
 def _slices(x: Array, chunk: int) -> Array:
@@ -56,9 +67,9 @@ def _slices(x: Array, chunk: int) -> Array:
     return jnp.pad(x, padding).reshape(-1, chunk, *x.shape[1:])
 
 
-def _scaled(z: Array, temperature: Array, sampled_tokens: int) -> Array:
+def _scaled(z: Array, temperature: Array, sampled_tokens: int, first: Array | int) -> Array:
     """Logits as sampled from: without padding rows, over the temperature."""
-    return _without_padding(z, sampled_tokens) / temperature
+    return _without_padding(z, sampled_tokens, first) / temperature
 
 
 def _distribution(z: Array, lse: Array) -> tuple[Array, Array]:
@@ -73,54 +84,119 @@ def _uncapped(dz: Array, z: Array, softcap: float | None) -> Array:
 
 
 def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk, softcap):
-    low = table.astype(hidden.dtype)
-
-    def stats(piece):
-        h, token, _ = piece
-        z = _scaled(model_logits(h, low, softcap), temperature, sampled_tokens)
-        peak = z.max(-1, keepdims=True)
-        centred = jnp.maximum(z - peak, FLOOR)
-        weights = jnp.exp(centred)
-        total = weights.sum(-1)
-        chosen = jnp.take_along_axis(centred, token[:, None], 1)[:, 0]
-        # log p = centred - log total: one exponential gives the norm and the entropy.
-        entropy = jnp.log(total) - (weights * centred).sum(-1) / total
-        return jnp.maximum(chosen - jnp.log(total), FLOOR), entropy, jnp.log(total) + peak[:, 0]
-
-    def slice_stats(_, piece):
-        return None, jax.lax.cond(piece[2].any(), stats, _nothing, piece)
-
-    order, pieces = _kept_first(keep, chunk, hidden, tokens, keep)
-    _, out = jax.lax.scan(slice_stats, None, pieces)
-    logprobs, entropy, lse = (jnp.where(keep, _back(x, order), 0.0) for x in out)
+    here = functools.partial(_forward_here, cut(), sampled_tokens, chunk, softcap)
+    logprobs, entropy, lse = _on_each_device(here, "NVNN_", "NNN")(hidden, table, tokens, keep, temperature)
     return (logprobs, entropy), (hidden, table, tokens, keep, temperature, entropy, lse)
 
 
+def _forward_here(where, sampled_tokens, chunk, softcap, hidden, table, tokens, keep, temperature):
+    low = _gathered(table.astype(hidden.dtype), where)
+    first = first_row(len(low), where.vocabulary)
+
+    def stats(piece):
+        h, token, *_ = piece
+        z = _scaled(model_logits(h, low, softcap), temperature, sampled_tokens, first)
+        peak = _largest(z.max(-1, keepdims=True), where.vocabulary)
+        centred = jnp.maximum(z - peak, FLOOR)
+        weights = jnp.exp(centred)
+        sums = weights.sum(-1), (weights * centred).sum(-1), _chosen(centred, token, first)
+        total, weighted, chosen = _summed(sums, where.vocabulary)
+        # log p = centred - log total: one exponential gives the norm and the entropy.
+        entropy = jnp.log(total) - weighted / total
+        return jnp.maximum(chosen - jnp.log(total), FLOOR), entropy, jnp.log(total) + peak[:, 0]
+
+    def slice_stats(_, piece):
+        return None, jax.lax.cond(piece[-1], stats, _nothing, piece)
+
+    order, pieces = _kept_first(where, keep, chunk, hidden, tokens)
+    _, out = jax.lax.scan(slice_stats, None, pieces)
+    return tuple(jnp.where(keep, _back(x, order), 0.0) for x in out)
+
+
 def _backward(sampled_tokens, chunk, softcap, residuals, cotangents):
-    hidden, table, tokens, keep, temperature, entropy, lse = residuals
-    low = table.astype(hidden.dtype)
+    here = functools.partial(_backward_here, cut(), sampled_tokens, chunk, softcap)
+    dh, dw = _on_each_device(here, "NVNN_NNNN", "NV")(*residuals, *cotangents)
+    return dh, dw, None, None, jnp.zeros_like(residuals[4])
+
+
+def _backward_here(
+    where, sampled_tokens, chunk, softcap, hidden, table, tokens, keep, temperature, entropy, lse, *cotangents
+):
+    low = _gathered(table.astype(hidden.dtype), where)
+    first = first_row(len(low), where.vocabulary)
     cotangents = [jnp.where(keep, x, 0.0) for x in cotangents]
 
     def gradient(total, piece):
-        h, token, _, ent, norm, a, b = piece
+        h, token, ent, norm, a, b, _ = piece
         z = model_logits(h, low, softcap)
-        logp, p = _distribution(_scaled(z, temperature, sampled_tokens), norm)
+        logp, p = _distribution(_scaled(z, temperature, sampled_tokens, first), norm)
         dz = -p * (a[:, None] + b[:, None] * (logp + ent[:, None]))
-        dz = dz.at[jnp.arange(token.size), token].add(a) / temperature
+        dz = dz.at[jnp.arange(token.size), _own_row(token, first, len(low))].add(a) / temperature
         dz = _uncapped(dz, z, softcap).astype(h.dtype)
         dh = jnp.einsum("CV,VD->CD", dz, low, preferred_element_type=jnp.float32)
         dw = jnp.einsum("CV,CD->VD", dz, h, preferred_element_type=jnp.float32)
-        return total + dw, dh.astype(h.dtype)
+        return total + dw, _summed(dh, where.vocabulary).astype(h.dtype)
 
     def skip(total, piece):
         return total, jnp.zeros_like(piece[0])
 
     def slice_gradient(total, piece):
-        return jax.lax.cond(piece[2].any(), gradient, skip, total, piece)
+        return jax.lax.cond(piece[-1], gradient, skip, total, piece)
 
-    order, pieces = _kept_first(keep, chunk, hidden, tokens, keep, entropy, lse, *cotangents)
-    dw, dh = jax.lax.scan(slice_gradient, jnp.zeros(table.shape, jnp.float32), pieces)
-    return _back(dh, order), dw.astype(table.dtype), None, None, jnp.zeros_like(temperature)
+    order, pieces = _kept_first(where, keep, chunk, hidden, tokens, entropy, lse, *cotangents)
+    dw, dh = jax.lax.scan(slice_gradient, jnp.zeros(low.shape, jnp.float32), pieces)
+    return _back(dh, order), _scattered(dw, where).astype(table.dtype)
+
+
+def _on_each_device(function, taken: str, given: str):
+    """The function of one device's part of each argument; as it is without a mesh.
+
+    One letter an argument: N has rows, V is the table, _ lies whole on every device.
+    """
+    if active() is None:
+        return function
+    specs = {"N": partition("N", "moving"), "V": partition("VD", "stored")}
+
+    def of(letters: str):
+        return tuple(specs.get(letter, PartitionSpec()) for letter in letters)
+
+    return jax.shard_map(function, in_specs=of(taken), out_specs=of(given), check_vma=False)
+
+
+def _summed(x, axes: tuple[str, ...]):
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _largest(x: Array, axes: tuple[str, ...]) -> Array:
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def _gathered(table: Array, where: Cut) -> Array:
+    """This device's rows of the table, with all columns."""
+    return jax.lax.all_gather(table, where.width, axis=1, tiled=True) if where.width else table
+
+
+def _scattered(dw: Array, where: Cut) -> Array:
+    """The table's gradient, summed over all tokens; of its columns those that this device keeps."""
+    if where.width:
+        dw = jax.lax.psum_scatter(dw, where.width, scatter_dimension=1, tiled=True)
+    return _summed(dw, tuple(axis for axis in where.rows if axis not in where.width))
+
+
+def _chosen(centred: Float[Array, "C V"], token: Int[Array, " C"], first: Array | int) -> Float[Array, " C"]:
+    """The tokens' own entries; 0 where another device has them."""
+    size = centred.shape[1]
+    if isinstance(first, int):
+        return jnp.take_along_axis(centred, token[:, None], 1)[:, 0]
+    found = jnp.take_along_axis(centred, jnp.clip(token - first, 0, size - 1)[:, None], 1)[:, 0]
+    return jnp.where((token >= first) & (token < first + size), found, 0.0)
+
+
+def _own_row(token: Int[Array, " C"], first: Array | int, size: int) -> Int[Array, " C"]:
+    """The place of each token in this device's rows; out of bounds where another device has it."""
+    return (
+        token if isinstance(first, int) else jnp.where((token >= first) & (token < first + size), token - first, size)
+    )
 
 
 def _nothing(piece):
@@ -128,11 +204,16 @@ def _nothing(piece):
     return zeros, zeros, zeros
 
 
-def _kept_first(keep: Bool[Array, " N"], chunk: int, *arrays: Array) -> tuple[Int[Array, " N"], tuple[Array, ...]]:
-    """Kept tokens in front, in slices of at most ``chunk``: slices of padding alone are skipped when it runs."""
+def _kept_first(
+    where: Cut, keep: Bool[Array, " N"], chunk: int, *arrays: Array
+) -> tuple[Int[Array, " N"], tuple[Array, ...]]:
+    """Kept tokens in front, in slices of at most ``chunk``, and beside them whether a slice holds any (on some device):
+    slices of padding alone are skipped when it runs."""
     order = jnp.argsort(~keep, stable=True)
     size = min(chunk, keep.size)
-    return order, tuple(_slices(x[order], size) for x in arrays)
+    live = _slices(keep[order], size).any(1)
+    live = _summed(live.astype(jnp.int32), where.rows) > 0 if where.rows else live
+    return order, (*(_slices(x[order], size) for x in arrays), live)
 
 
 def _back(slices: Array, order: Int[Array, " N"]) -> Array:

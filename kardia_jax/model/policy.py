@@ -17,10 +17,12 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kardia_jax.model.attention import Scoring, Window
 from kardia_jax.model.backends import Wanted, completion_attention, prompt_attention
+from kardia_jax.model.embedding import looked_up
 from kardia_jax.model.head import model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, norm, rotations, stacked_kinds, turn_of
 from kardia_jax.model.spec import ModelSpec
@@ -29,7 +31,7 @@ from kardia_jax.types import Params
 
 @dataclass(frozen=True)
 class Compute:
-    """How the arithmetic is done; never what is computed."""
+    """How and where the arithmetic is done; never what is computed."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "block", "dots"] = "block"
@@ -40,6 +42,8 @@ class Compute:
     """Blocks per trip of the scan over layers."""
     attention: Wanted = "auto"
     """Who computes attention of prompts and whole completions; see ``backends.py``."""
+    mesh: Mesh | None = None
+    """Where programs run; None: on one device. See ``sharding.py``."""
 
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up")
@@ -195,7 +199,7 @@ def scoring_of(spec: ModelSpec) -> Scoring:
 
 def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
     """Rows of the input table, scaled where the family scales them."""
-    x = params["embed"]["embedding"][tokens].astype(compute.dtype)
+    x = looked_up(params["embed"]["embedding"], tokens, compute.dtype)
     return x * jnp.asarray(spec.width**0.5, jnp.float32).astype(compute.dtype) if spec.traits.embed_scaled else x
 
 
