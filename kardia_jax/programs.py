@@ -196,13 +196,20 @@ def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPU
     def model(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(function, spec, compute, storage)
 
+    def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        if compute.mesh is None:
+            return jax.jit(function, **options)
+        out = jax.tree.map(functools.partial(rows_sharding, compute.mesh), sampler.ROWS)
+        return jax.jit(on_mesh(compute.mesh, function), out_shardings=out, **options)
+
     programs = batching.Programs(
-        weights=jax.jit(lambda params: decoding_weights(spec, params, compute.dtype, storage)),
-        empty=jax.jit(model(sampler.empty), static_argnames=("size", "columns", "budget")),
-        admit=jax.jit(model(sampler.admit), donate_argnames="rows"),
-        decode=jax.jit(model(sampler.decode), donate_argnames="rows"),
-        grow=jax.jit(sampler.grow, static_argnames="columns"),
-        keep=jax.jit(sampler.keep),
+        weights=jax.jit(on_mesh(compute.mesh, lambda params: decoding_weights(spec, params, compute.dtype, storage))),
+        empty=compiled(model(sampler.empty), static_argnames=("prompts", "size", "columns", "budget")),
+        admit=compiled(model(sampler.admit), donate_argnames="rows"),
+        decode=compiled(model(sampler.decode), donate_argnames="rows"),
+        grow=compiled(sampler.grow, static_argnames="columns"),
+        keep=compiled(sampler.keep),
+        shards=row_shards(compute.mesh),
     )
     return functools.partial(batching.roll_out, programs, rows)
 

@@ -19,17 +19,20 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kardia_jax.model.sharding import Cut, active, cut, first_row, partition
+from kardia_jax.model.sharding import Column, Cut, active, cut, first_row
 
 
-def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "P ..."], dtype: DTypeLike) -> Float[Array, "P ... D"]:
-    """The table's rows of these tokens, in this type."""
-    mesh, where = active(), cut()
+def looked_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "P ..."], dtype: DTypeLike, column: Column = "stored"
+) -> Float[Array, "P ... D"]:
+    """The table's rows of these tokens, in this type; ``column`` is that of the table's place in ``TABLE``."""
+    mesh, where = active(), cut(column)
     if mesh is None or tokens.shape[0] % math.prod(mesh.shape[axis] for axis in where.rows):
         return table[tokens].astype(dtype)
-    specs = partition("VD", "stored"), partition("P", "moving")
+    rows = PartitionSpec(where.rows)
+    specs = PartitionSpec(where.vocabulary, where.width), rows
     here = functools.partial(_looked_up_here, where, jnp.dtype(dtype))
-    return jax.shard_map(here, in_specs=specs, out_specs=PartitionSpec(*specs[1]))(table, tokens)
+    return jax.shard_map(here, in_specs=specs, out_specs=rows)(table, tokens)
 
 
 def _looked_up_here(where: Cut, dtype: DTypeLike, table: Array, tokens: Array) -> Array:

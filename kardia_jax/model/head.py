@@ -22,10 +22,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from kardia_jax.model.sharding import Cut, active, cut, first_row, partition
+from kardia_jax.model.sharding import Cut, cut, first_row, largest, on_each_device, summed
 
 FLOOR = -1e9
 """Log-prob (nats) of a token that cannot be sampled; exp of it is 0."""
@@ -85,7 +84,9 @@ def _uncapped(dz: Array, z: Array, softcap: float | None) -> Array:
 
 def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk, softcap):
     here = functools.partial(_forward_here, cut(), sampled_tokens, chunk, softcap)
-    logprobs, entropy, lse = _on_each_device(here, "NVNN_", "NNN")(hidden, table, tokens, keep, temperature)
+    logprobs, entropy, lse = on_each_device(here, ("N", "VD", "N", "N", ""), ("N", "N", "N"))(
+        hidden, table, tokens, keep, temperature
+    )
     return (logprobs, entropy), (hidden, table, tokens, keep, temperature, entropy, lse)
 
 
@@ -96,11 +97,11 @@ def _forward_here(where, sampled_tokens, chunk, softcap, hidden, table, tokens, 
     def stats(piece):
         h, token, *_ = piece
         z = _scaled(model_logits(h, low, softcap), temperature, sampled_tokens, first)
-        peak = _largest(z.max(-1, keepdims=True), where.vocabulary)
+        peak = largest(z.max(-1, keepdims=True), where.vocabulary)
         centred = jnp.maximum(z - peak, FLOOR)
         weights = jnp.exp(centred)
         sums = weights.sum(-1), (weights * centred).sum(-1), _chosen(centred, token, first)
-        total, weighted, chosen = _summed(sums, where.vocabulary)
+        total, weighted, chosen = summed(sums, where.vocabulary)
         # log p = centred - log total: one exponential gives the norm and the entropy.
         entropy = jnp.log(total) - weighted / total
         return jnp.maximum(chosen - jnp.log(total), FLOOR), entropy, jnp.log(total) + peak[:, 0]
@@ -115,7 +116,7 @@ def _forward_here(where, sampled_tokens, chunk, softcap, hidden, table, tokens, 
 
 def _backward(sampled_tokens, chunk, softcap, residuals, cotangents):
     here = functools.partial(_backward_here, cut(), sampled_tokens, chunk, softcap)
-    dh, dw = _on_each_device(here, "NVNN_NNNN", "NV")(*residuals, *cotangents)
+    dh, dw = on_each_device(here, ("N", "VD", "N", "N", "", "N", "N", "N", "N"), ("N", "VD"))(*residuals, *cotangents)
     return dh, dw, None, None, jnp.zeros_like(residuals[4])
 
 
@@ -135,7 +136,7 @@ def _backward_here(
         dz = _uncapped(dz, z, softcap).astype(h.dtype)
         dh = jnp.einsum("CV,VD->CD", dz, low, preferred_element_type=jnp.float32)
         dw = jnp.einsum("CV,CD->VD", dz, h, preferred_element_type=jnp.float32)
-        return total + dw, _summed(dh, where.vocabulary).astype(h.dtype)
+        return total + dw, summed(dh, where.vocabulary).astype(h.dtype)
 
     def skip(total, piece):
         return total, jnp.zeros_like(piece[0])
@@ -148,29 +149,6 @@ def _backward_here(
     return _back(dh, order), _scattered(dw, where).astype(table.dtype)
 
 
-def _on_each_device(function, taken: str, given: str):
-    """The function of one device's part of each argument; as it is without a mesh.
-
-    One letter an argument: N has rows, V is the table, _ lies whole on every device.
-    """
-    if active() is None:
-        return function
-    specs = {"N": partition("N", "moving"), "V": partition("VD", "stored")}
-
-    def of(letters: str):
-        return tuple(specs.get(letter, PartitionSpec()) for letter in letters)
-
-    return jax.shard_map(function, in_specs=of(taken), out_specs=of(given), check_vma=False)
-
-
-def _summed(x, axes: tuple[str, ...]):
-    return jax.lax.psum(x, axes) if axes else x
-
-
-def _largest(x: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.pmax(x, axes) if axes else x
-
-
 def _gathered(table: Array, where: Cut) -> Array:
     """This device's rows of the table, with all columns."""
     return jax.lax.all_gather(table, where.width, axis=1, tiled=True) if where.width else table
@@ -180,7 +158,7 @@ def _scattered(dw: Array, where: Cut) -> Array:
     """The table's gradient, summed over all tokens; of its columns those that this device keeps."""
     if where.width:
         dw = jax.lax.psum_scatter(dw, where.width, scatter_dimension=1, tiled=True)
-    return _summed(dw, tuple(axis for axis in where.rows if axis not in where.width))
+    return summed(dw, tuple(axis for axis in where.rows if axis not in where.width))
 
 
 def _chosen(centred: Float[Array, "C V"], token: Int[Array, " C"], first: Array | int) -> Float[Array, " C"]:
@@ -212,7 +190,7 @@ def _kept_first(
     order = jnp.argsort(~keep, stable=True)
     size = min(chunk, keep.size)
     live = _slices(keep[order], size).any(1)
-    live = _summed(live.astype(jnp.int32), where.rows) > 0 if where.rows else live
+    live = summed(live.astype(jnp.int32), where.rows) > 0 if where.rows else live
     return order, (*(_slices(x[order], size) for x in arrays), live)
 
 

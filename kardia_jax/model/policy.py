@@ -25,6 +25,7 @@ from kardia_jax.model.backends import Wanted, completion_attention, prompt_atten
 from kardia_jax.model.embedding import looked_up
 from kardia_jax.model.head import model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, norm, rotations, stacked_kinds, turn_of
+from kardia_jax.model.sharding import Column
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -197,9 +198,11 @@ def scoring_of(spec: ModelSpec) -> Scoring:
     return Scoring(spec.score_scale, spec.attention_softcap)
 
 
-def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
+def embed(
+    spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute, column: Column = "stored"
+) -> Float[Array, "... D"]:
     """Rows of the input table, scaled where the family scales them."""
-    x = looked_up(params["embed"]["embedding"], tokens, compute.dtype)
+    x = looked_up(params["embed"]["embedding"], tokens, compute.dtype, column)
     return x * jnp.asarray(spec.width**0.5, jnp.float32).astype(compute.dtype) if spec.traits.embed_scaled else x
 
 

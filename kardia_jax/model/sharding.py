@@ -20,7 +20,7 @@ Functions here read the mesh from JAX's context, which ``programs.py`` sets whil
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -219,9 +219,9 @@ def constrain_tree(tree: Tree, column: Column = "stored") -> Tree:
     return jax.tree.map_with_path(lambda path, x: constrain(x, parameter_axes(path, x.ndim), column), tree)
 
 
-def rows_sharding(mesh: Mesh, *rest: str) -> NamedSharding:
-    """Of an array [P, ...] or [N, ...]; ``rest`` are letters of the axes that follow."""
-    return NamedSharding(mesh, partition("".join(("P", *rest)), "moving"))
+def rows_sharding(mesh: Mesh, axes: str = "P") -> NamedSharding:
+    """Of an array [P, ...] or [N, ...], by the letters of its first axes; everywhere for none."""
+    return NamedSharding(mesh, partition(axes, "moving"))
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
@@ -257,11 +257,60 @@ class Cut(NamedTuple):
 WHOLE = Cut()
 
 
-def cut() -> Cut:
-    """As ``TABLE`` says, where there is a mesh."""
-    return WHOLE if active() is None else Cut(TABLE["N"].moving, TABLE["V"].stored, TABLE["D"].stored)
+def cut(column: Column = "stored") -> Cut:
+    """As ``TABLE`` says for a parameter, or for one that is in use; axes of one device cut nothing."""
+    mesh = active()
+    if mesh is None:
+        return WHOLE
+    places = TABLE["N"].moving, getattr(TABLE["V"], column), getattr(TABLE["D"], column)
+    return Cut(*(tuple(axis for axis in names if mesh.shape[axis] > 1) for names in places))
 
 
 def first_row(rows: int, axes: tuple[str, ...]) -> Int[Array, ""] | int:
     """Which row of the whole table this device's first one is; it has ``rows`` of them."""
     return jax.lax.axis_index(axes) * rows if axes else 0
+
+
+def on_each_device(function: Callable[..., Any], taken: Sequence[str], given: Any) -> Callable[..., Any]:
+    """The function of one device's part of each argument, by the letters of its axes; as it is without a mesh.
+
+    ``("N", "VD", "")`` are rows of a batch, a table of parameters, and what lies whole on every device. A tree of
+    arrays may share one entry.
+    """
+    if active() is None:
+        return function
+
+    def spec(axes: str) -> PartitionSpec:
+        return partition(axes, "moving" if axes[:1] in ("N", "P") else "stored")
+
+    specs, results = jax.tree.map(spec, tuple(taken)), jax.tree.map(spec, given)
+    return jax.shard_map(function, in_specs=specs, out_specs=results, check_vma=False)
+
+
+def summed(x: Tree, axes: tuple[str, ...]) -> Tree:
+    """The sum over these axes of the mesh; x itself over none."""
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def largest(x: Array, axes: tuple[str, ...]) -> Array:
+    """The largest over these axes of the mesh; x itself over none."""
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def by_rows(function: Callable[..., Any], taken: Sequence[Any], given: Any) -> Callable[..., Any]:
+    """The function of one device's groups, where nothing else is said about how their arrays are cut; as it is without
+    a mesh. ``taken`` and ``given`` are trees of letters: "P..." has groups or their rows, "" lies whole everywhere."""
+    if active() is None:
+        return function
+    names = TABLE["P"].moving
+
+    def spec(axes: str) -> PartitionSpec:
+        return PartitionSpec(names) if axes else PartitionSpec()
+
+    specs, results = jax.tree.map(spec, tuple(taken)), jax.tree.map(spec, given)
+    return jax.shard_map(function, in_specs=specs, out_specs=results, axis_names=set(names), check_vma=False)
+
+
+def first_group(groups: int) -> Int[Array, ""] | int:
+    """Inside ``by_rows``: which of all groups is this device's first; it has ``groups`` of them."""
+    return first_row(groups, () if active() is None else TABLE["P"].moving)
