@@ -213,7 +213,6 @@ def test_a_batch_without_a_loss_row_changes_no_parameter():
 
 
 def test_two_devices_learn_what_one_does():
-    assert len(jax.devices()) == 2
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def place(x):
