@@ -23,13 +23,6 @@ NOT_THE_VERDICT = (
 """Fields that decide how a verdict is reached, paid, kept and counted, and not what it says: a run may be resumed with
 others."""
 
-NOT_THE_VERDICT = (
-    *("endpoint.base_urls", "endpoint.key_env", "endpoint.price_prompt", "endpoint.price_completion"),
-    *("traffic", "cache", "record", "max_failure_share", "failure_window"),
-)
-"""Fields that decide how a verdict is reached, paid, kept and counted, and not what it says: a run may be resumed with
-others."""
-
 
 @dataclass(frozen=True)
 class EndpointConfig:
