@@ -20,8 +20,8 @@ NOT_THE_VERDICT = (
     *("remote.urls", "remote.token_env", "remote.batch", "remote.gather_seconds", "local.max_tokens_per_batch"),
     *("traffic", "cache", "record", "max_failure_share", "failure_window", "audit", "alarms"),
 )
-"""Fields that decide how a verdict is reached, paid, kept, counted and watched, and not what it says: a run may be
-resumed with others."""
+"""Fields that decide how a verdict is reached, paid, kept and counted, and not what it says: a run may be resumed with
+others."""
 
 
 @dataclass(frozen=True)
