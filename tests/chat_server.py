@@ -126,6 +126,7 @@ class Server:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.sleep(0.05)  # closed connections are taken down by the loop
 
         def run() -> None:
             loop.run_until_complete(main())
