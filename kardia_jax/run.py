@@ -187,7 +187,9 @@ def comparable(config: Config) -> dict[str, Any]:
     for path in NOT_THE_VERDICT:
         *parents, last = path.split(".")
         functools.reduce(dict.__getitem__, parents, tree["judge"]).pop(last)
-    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh")} | {"seed": config.run.seed}
+    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh")} | {
+        "seed": config.run.seed
+    }
 
 
 def check_progress(state: TrainState, allowed: int, where: str) -> None:
