@@ -1,55 +1,26 @@
-"""The endpoint judge against a real HTTP server that misbehaves in every way that servers do.
+"""The endpoint judge against a real HTTP server that does what it should: what is sent, read, kept and kept secret.
 
-For each fault: what becomes of the verdicts, how many requests the server saw, and how long it took. No fault may
-become a number, hang beyond its deadline, or multiply requests.
+What servers do wrong is in ``test_endpoint_faults.py``.
 """
 
 import asyncio
 import json
 import logging
 import math
-import time
 from typing import Any
 
 import pytest
 
-from kardia_jax.config import EndpointConfig, JudgeSamplingConfig, RewardConfig, TrafficConfig
-from kardia_jax.dialogue.dataset import Dialogue, Turn
-from kardia_jax.dialogue.spans import Spans
 from kardia_jax.judge.cache import VerdictCache
-from kardia_jax.judge.endpoint import EndpointJudge
 from kardia_jax.judge.protocol import JudgeUnusableError, score_all
-from kardia_jax.judge.scoring import Completion, score_completions
-from kardia_jax.rewards.combine import combine
 from kardia_jax.rewards.rubric import Criterion, JudgeFailure, Rubric, Verdict
-
-QUICK = {"backoff_seconds": 0.01, "breaker_seconds": 0.05, "call_seconds": 20.0, "deadline_seconds": 40.0}
-"""Traffic control for tests: everything waits, but briefly."""
-
-
-def judge(*urls: str, rubric: Rubric, cache: VerdictCache | None = None, key: str = "", **fields: Any) -> EndpointJudge:
-    """An endpoint judge; fields go to the part of the config that has them."""
-
-    def of(kind: type) -> dict[str, Any]:
-        return {name: value for name, value in fields.items() if name in kind.__dataclass_fields__}
-
-    endpoint = EndpointConfig(**{"base_urls": urls, "model": "m", **of(EndpointConfig)})
-    traffic = TrafficConfig(**{**QUICK, **of(TrafficConfig)})
-    return EndpointJudge(endpoint, JudgeSamplingConfig(**of(JudgeSamplingConfig)), traffic, rubric, key, cache)
-
-
-def reasons(given: list[Verdict | JudgeFailure]) -> list[str]:
-    return [one.reason if isinstance(one, JudgeFailure) else "" for one in given]
-
 
 # ---- what goes well
 
 
 def test_verdicts_come_in_order_and_the_request_is_what_the_config_says(serve, kit):
     server = serve(lambda n, body: kit.good(mark=1 + int(body["messages"][0]["content"].count("all things. 1"))))
-    asked = judge(
-        server.url, rubric=kit.rubric, seed=7, max_tokens=99, extra_body='{"chat_template_kwargs": {"a": false}}'
-    )
+    asked = kit.judge(server.url, seed=7, max_tokens=99, extra_body='{"chat_template_kwargs": {"a": false}}')
     given = score_all(asked, kit.requests(3))
     assert [one.by_name()["empathy"] for one in given] == [1, 2, 1]
     body = server.requests[0]
@@ -65,7 +36,7 @@ def test_verdicts_come_in_order_and_the_request_is_what_the_config_says(serve, k
 
 def test_reasoning_models_get_their_field_and_no_temperature(serve, kit):
     server = serve(lambda n, body: kit.good())
-    asked = judge(server.url, rubric=kit.rubric, temperature=None, max_tokens_field="max_completion_tokens")
+    asked = kit.judge(server.url, temperature=None, max_tokens_field="max_completion_tokens")
     assert isinstance(score_all(asked, kit.requests(1))[0], Verdict)
     assert {"temperature", "max_tokens", "seed"} & set(server.requests[0]) == set()
     assert server.requests[0]["max_completion_tokens"] == 1024
@@ -73,7 +44,7 @@ def test_reasoning_models_get_their_field_and_no_temperature(serve, kit):
 
 def test_samples_are_averaged_with_their_spread(serve, kit):
     server = serve(lambda n, body: kit.good(mark=1 + body["seed"] % 3))
-    asked = judge(server.url, rubric=kit.rubric, temperature=0.7, seed=0, samples=3)
+    asked = kit.judge(server.url, temperature=0.7, seed=0, samples=3)
     (verdict,) = score_all(asked, kit.requests(1))
     assert isinstance(verdict, Verdict)
     assert [(mark.mark, mark.spread) for mark in verdict.marks] == [(2.0, pytest.approx(math.sqrt(2 / 3)))] * 5
@@ -95,7 +66,7 @@ def test_criteria_that_see_different_spans_are_asked_apart_and_joined(serve, kit
         return kit.Plan(body=kit.completion(json.dumps({name: {"reason": "So.", "mark": mark}})))
 
     server = serve(plan)
-    (verdict,) = score_all(judge(server.url, rubric=SPLIT), kit.requests(1))
+    (verdict,) = score_all(kit.judge(server.url, rubric=SPLIT), kit.requests(1))
     assert verdict.by_name() == {"why": 2, "tone": 5}
     assert len(server.requests) == 2
 
@@ -106,19 +77,59 @@ def test_where_one_part_fails_the_verdict_fails(serve, kit):
             return kit.Plan(status=400, body={"error": {"message": "too long"}})
         return kit.Plan(body=kit.completion('{"tone": {"reason": "So.", "mark": 5}}'))
 
-    (failure,) = score_all(judge(serve(plan).url, rubric=SPLIT, response_format="none"), kit.requests(1))
+    (failure,) = score_all(kit.judge(serve(plan).url, rubric=SPLIT, response_format="none"), kit.requests(1))
     assert isinstance(failure, JudgeFailure)
     assert failure.reason.endswith("/v1: status 400: too long (after 1 try)")
 
 
 def test_connections_are_given_back_and_a_judge_may_be_asked_again(serve, kit):
     server = serve(lambda n, body: kit.good())
-    asked = judge(server.url, rubric=kit.rubric)
+    asked = kit.judge(server.url)
     for _ in range(2):  # each call of score_all has an event loop of its own; unclosed sockets would be warnings
         assert all(isinstance(one, Verdict) for one in score_all(asked, kit.requests(2)))
 
 
 # ---- the format of the answer
+
+
+@pytest.mark.parametrize("opened", ["<think>", "", "[THINK]"])
+def test_thinking_before_the_verdict_is_taken_off(serve, kit, opened):
+    closed = "[/THINK]" if opened == "[THINK]" else "</think>"
+    thought = f"{opened}She bakes, so an oven matters. A five? No.{closed}\n\n"
+    server = serve(lambda n, body: kit.Plan(body=kit.completion(thought + kit.marks_json(kit.rubric, 3))))
+    (verdict,) = score_all(kit.judge(server.url), kit.requests(1))
+    assert verdict.by_name() == dict.fromkeys(kit.rubric.names, 3)
+
+
+def test_thinking_that_never_ends_is_no_verdict_whatever_stands_in_it(serve, kit):
+    unclosed = f"<think>It could be {kit.marks_json(kit.rubric, 5)}"
+    server = serve(lambda n, body: kit.Plan(body=kit.completion(unclosed)))
+    (failure,) = score_all(kit.judge(server.url, max_tries=2), kit.requests(1))
+    assert isinstance(failure, JudgeFailure)
+    assert failure.reason.endswith("got a block that was never closed (after 2 tries)")
+
+
+@pytest.mark.parametrize("form", ["json_schema", "json_object", "none"])
+def test_a_format_that_is_named_is_sent_and_no_other_is_tried(serve, kit, form):
+    refused = kit.Plan(status=400, body={"error": {"message": "no response_format here"}})
+    server = serve(lambda n, body: refused if n == 0 else kit.good())
+    asked = kit.judge(server.url, response_format=form)
+    (failure,) = score_all(asked, kit.requests(1))
+    assert isinstance(failure, JudgeFailure)
+    assert isinstance(score_all(asked, kit.requests(1))[0], Verdict)
+    assert [body.get("response_format", {}).get("type", "none") for body in server.requests] == [form, form]
+
+
+def test_many_first_calls_at_once_try_each_format_once_at_the_most(serve, kit):
+    def plan(n: int, body: dict[str, Any]):
+        return kit.Plan(status=422, body={"detail": "unknown field"}) if "response_format" in body else kit.good()
+
+    server = serve(plan)
+    asked = kit.judge(server.url, concurrency=16)
+    given = score_all(asked, kit.requests(64))
+    assert all(isinstance(one, Verdict) for one in given)
+    assert 64 + 2 <= len(server.requests) <= 64 + 2 * 16
+    assert asked.take_stats()["judge/calls"] == len(server.requests)
 
 
 @pytest.mark.parametrize(("known", "seen"), [("json_object", 2), ("none", 3)])
@@ -130,7 +141,7 @@ def test_auto_falls_back_once_and_remembers(serve, kit, known, seen):
         return kit.Plan(status=400, body={"error": {"message": f"response_format {form} is unavailable"}})
 
     server = serve(plan)
-    asked = judge(server.url, rubric=kit.rubric)
+    asked = kit.judge(server.url)
     assert isinstance(score_all(asked, kit.requests(1))[0], Verdict)
     assert len(server.requests) == seen
     assert all(isinstance(one, Verdict) for one in score_all(asked, kit.requests(3))[:1])
@@ -142,7 +153,7 @@ def test_a_bad_call_does_not_change_the_format_of_the_others(serve, kit):
         return kit.Plan(status=400, body={"error": {"message": "prompt too long"}}) if bad else kit.good()
 
     server = serve(plan)
-    asked = judge(server.url, rubric=kit.rubric)
+    asked = kit.judge(server.url)
     (bad,) = score_all(asked, kit.requests(1))
     assert isinstance(bad, JudgeFailure)
     assert not bad.retryable
@@ -152,207 +163,6 @@ def test_a_bad_call_does_not_change_the_format_of_the_others(serve, kit):
     before = len(server.requests)
     score_all(asked, kit.requests(1))
     assert len(server.requests) == before + 1, "once the format is known to work, 400 has another cause"
-
-
-# ---- the fault matrix: faults that pass
-
-
-def once(fault, good):
-    """The first request of every reply meets the fault, later ones succeed."""
-    seen: set[str] = set()
-
-    def plan(n: int, body: dict[str, Any]):
-        prompt = body["messages"][0]["content"]
-        first = prompt not in seen
-        seen.add(prompt)
-        return fault if first else good
-
-    return plan
-
-
-def faults(kit) -> dict[str, tuple[Any, str]]:
-    """Name to what the server does, and under which name it is counted."""
-
-    def bad(text: object) -> Any:
-        return kit.Plan(body=kit.completion(text if isinstance(text, str) else json.dumps(text)))
-
-    good = {name: {"reason": "So.", "mark": 4} for name in kit.rubric.names}
-    first = kit.rubric.names[0]
-    body = json.dumps(kit.completion(kit.marks_json(kit.rubric)))
-    return {
-        "timeout": (kit.Plan(how="hang"), "timeouts"),
-        "slow drip": (kit.Plan(how="drip", body=body), "timeouts"),
-        "connection reset": (kit.Plan(how="reset"), "connection_errors"),
-        "429 without Retry-After": (kit.Plan(status=429, body={"error": {"message": "slow down"}}), "rate_limited"),
-        "429 with Retry-After": (
-            kit.Plan(status=429, body={"error": {"message": "slow down"}}, headers={"retry-after": "0.2"}),
-            "rate_limited",
-        ),
-        "500": (kit.Plan(status=500, body="oops", headers={"content-type": "text/plain"}), "server_errors"),
-        "503 with Retry-After": (kit.Plan(status=503, body={}, headers={"retry-after": "0.2"}), "server_errors"),
-        "a cut body": (kit.Plan(body='{"choices": [', headers={"connection": "close"}), "unreadable"),
-        "no completion": (kit.Plan(body={"object": "list"}), "unreadable"),
-        "a page": (kit.Plan(body="<html>", headers={"content-type": "text/html"}), "unreadable"),
-        "invalid JSON": (bad("I would give it a four."), "unreadable"),
-        "wrong schema": (bad({"mark": 4}), "unreadable"),
-        "a missing criterion": (bad({k: v for k, v in good.items() if k != first}), "unreadable"),
-        "a repeated criterion": (
-            bad(json.dumps(good)[:-1] + f', "{first}": {json.dumps(good[first])}}}'),
-            "unreadable",
-        ),
-        "a mark out of range": (bad({**good, first: {"reason": "So.", "mark": 0}}), "unreadable"),
-        "a mark that is none": (bad({**good, first: {"reason": "So.", "mark": "5"}}), "unreadable"),
-        "an empty answer": (bad(" "), "unreadable"),
-    }
-
-
-NAMES = [
-    *("timeout", "slow drip", "connection reset", "429 without Retry-After", "429 with Retry-After", "500"),
-    *("503 with Retry-After", "a cut body", "no completion", "a page", "invalid JSON", "wrong schema"),
-    *("a missing criterion", "a repeated criterion", "a mark out of range", "a mark that is none", "an empty answer"),
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_fault_that_passes_costs_a_retry_and_no_verdict(serve, kit, name):
-    fault, counted = faults(kit)[name]
-    server = serve(once(fault, kit.good()))
-    late = counted == "timeouts"
-    seconds = 1.0 if late else 30.0
-    asked = judge(server.url, rubric=kit.rubric, call_seconds=seconds, deadline_seconds=60.0, breaker_failures=100)
-    given = score_all(asked, kit.requests(4))
-    assert all(isinstance(one, Verdict) for one in given), reasons(given)
-    taken = asked.take_stats()
-    # A machine that is busy elsewhere may let a good answer come too late as well.
-    assert taken["judge/calls"] == 4 + taken["judge/retries"] <= (16 if late else 8)
-    assert taken["judge/retries"] == taken[f"judge/{counted}"] >= 4
-    assert (len(server.requests) == taken["judge/calls"] or late, taken["judge/failures"]) == (True, 0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_fault_that_stays_is_a_failure_with_a_reason_within_the_budget(serve, kit, name):
-    fault, counted = faults(kit)[name]
-    server = serve(lambda n, body: fault)
-    late = counted == "timeouts"
-    asked = judge(
-        server.url,
-        rubric=kit.rubric,
-        max_tries=3,
-        call_seconds=0.3 if late else 30.0,
-        deadline_seconds=20.0,
-        retry_share=0.25,
-        retry_reserve=2,
-        breaker_failures=100,
-    )
-    began = time.monotonic()
-    given = score_all(asked, kit.requests(8))
-    assert time.monotonic() - began < 20.0 + 1.0
-    assert all(isinstance(one, JudgeFailure) for one in given)
-    assert all(f"{server.url}: " in why and " (after " in why for why in reasons(given)), reasons(given)
-    assert len(server.requests) <= 8 + 2 + 0.25 * 8, "no retry storm"
-    assert len(server.requests) >= 8 or late
-
-
-def test_a_server_restarted_in_mid_batch_loses_no_verdict(serve, kit):
-    server = serve(lambda n, body: kit.good(delay=0.05))
-    asked = judge(server.url, rubric=kit.rubric, concurrency=4, max_tries=20, backoff_max_seconds=0.2)
-
-    async def main():
-        whole = asyncio.create_task(asked.score(kit.requests(40)))
-        while len(server.requests) < 10:
-            await asyncio.sleep(0.01)
-        await asyncio.to_thread(server.stop)
-        before = len(server.requests)
-        await asyncio.sleep(0.5)
-        server.start()
-        given = await whole
-        await asked.close()
-        return given, before
-
-    given, before = asyncio.run(main())
-    assert before < 40
-    assert all(isinstance(one, Verdict) for one in given), reasons(given)
-    taken = asked.take_stats()
-    assert taken["judge/connection_errors"] > 0
-    assert len(server.requests) <= 40 + 64
-
-
-def test_dns_failure_is_a_failure_that_names_the_host(kit):
-    asked = judge("http://judge.invalid:1/v1", rubric=kit.rubric, max_tries=2, deadline_seconds=5.0)
-    (failure,) = score_all(asked, kit.requests(1))
-    assert isinstance(failure, JudgeFailure)
-    assert "judge.invalid" in failure.reason
-    assert failure.retryable
-
-
-def test_where_one_of_two_servers_is_dead_the_other_judges_everything(serve, kit):
-    alive, dead = serve(lambda n, body: kit.good()), serve(lambda n, body: kit.good())
-    dead.stop()
-    asked = judge(alive.url, dead.url, rubric=kit.rubric, max_tries=10, concurrency=4)
-    assert all(isinstance(one, Verdict) for one in score_all(asked, kit.requests(40)))
-    assert len(alive.requests) == 40
-
-
-def test_no_more_requests_at_once_than_allowed(serve, kit):
-    server = serve(lambda n, body: kit.good(delay=0.05))
-    score_all(judge(server.url, rubric=kit.rubric, concurrency=3), kit.requests(12))
-    assert server.most_open == 3
-
-
-# ---- faults that no retry mends
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ({"text": "", "refusal": "I cannot help with that."}, "the model refused: I cannot help with that."),
-        ({"text": "", "finish": "content_filter"}, "the model refused: finish_reason content_filter"),
-        ({"text": '{"rel', "finish": "length"}, "cut at judge.sampling.max_tokens = 1024; raise it"),
-    ],
-)
-def test_refused_and_cut_answers_are_not_asked_for_again(serve, kit, how, reason):
-    server = serve(lambda n, body: kit.Plan(body=kit.completion(**how)))
-    (failure,) = score_all(judge(server.url, rubric=kit.rubric), kit.requests(1))
-    assert isinstance(failure, JudgeFailure)
-    assert reason in failure.reason
-    assert not failure.retryable
-    assert len(server.requests) == 1
-
-
-def test_a_filtered_prompt_is_a_refusal(serve, kit):
-    blocked = {"error": {"message": "blocked", "code": "content_filter"}}
-    server = serve(lambda n, body: kit.Plan(status=400, body=blocked))
-    asked = judge(server.url, rubric=kit.rubric, response_format="json_schema")
-    assert isinstance(score_all(asked, kit.requests(1))[0], JudgeFailure)
-    assert asked.take_stats()["judge/refusals"] == 1
-
-
-@pytest.mark.parametrize(
-    ("status", "message", "says"),
-    [
-        (401, "wrong key", "judge.endpoint.key_env"),
-        (403, "not allowed", "judge.endpoint.key_env"),
-        (404, "model m not found", "judge.endpoint.model"),
-        (400, "The model `m` does not exist.", "judge.endpoint.model"),
-        (402, "Insufficient Balance", "nothing left to spend"),
-        (429, "You exceeded your current quota: insufficient_quota", "nothing left to spend"),
-    ],
-)
-def test_what_only_a_person_can_mend_stops_at_once(serve, kit, status, message, says):
-    server = serve(lambda n, body: kit.Plan(status=status, body={"error": {"message": message}}))
-    asked = judge(server.url, rubric=kit.rubric, response_format="none", concurrency=2)
-    with pytest.raises(JudgeUnusableError, match=rf"status {status}: .*{says}"):
-        score_all(asked, kit.requests(30))
-    assert len(server.requests) <= 4
-
-
-def test_a_server_that_has_answered_may_refuse_a_call_without_stopping_the_run(serve, kit):
-    server = serve(lambda n, body: kit.good() if n == 0 else kit.Plan(status=403, body={"error": "not this one"}))
-    asked = judge(server.url, rubric=kit.rubric)
-    assert isinstance(score_all(asked, kit.requests(1))[0], Verdict)
-    (failure,) = score_all(asked, kit.requests(1))
-    assert isinstance(failure, JudgeFailure)
-    assert "status 403: not this one" in failure.reason
 
 
 # ---- the key
@@ -366,7 +176,7 @@ def test_the_key_is_sent_and_shown_nowhere(serve, kit, caplog, capfd, monkeypatc
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-account")
     caplog.set_level(logging.DEBUG)
     server = serve(lambda n, body: kit.Plan(status=422, body={"error": {"message": f"bad header: Bearer {KEY}"}}))
-    asked = judge(server.url, rubric=kit.rubric, key=KEY, response_format="none")
+    asked = kit.judge(server.url, key=KEY, response_format="none")
     (failure,) = score_all(asked, kit.requests(1))
     assert f"authorization: Bearer {KEY}".lower() in server.headers[0].lower()
     server.plan = lambda n, body: kit.Plan(status=401, body={"error": {"message": f"wrong key {KEY}"}})
@@ -381,7 +191,7 @@ def test_the_key_is_sent_and_shown_nowhere(serve, kit, caplog, capfd, monkeypatc
 def test_without_a_key_of_ours_none_of_the_environment_is_sent(serve, kit, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(lambda n, body: kit.good())
-    score_all(judge(server.url, rubric=kit.rubric), kit.requests(1))
+    score_all(kit.judge(server.url), kit.requests(1))
     assert KEY not in server.headers[0]
 
 
@@ -390,7 +200,7 @@ def test_without_a_key_of_ours_none_of_the_environment_is_sent(serve, kit, monke
 
 def test_cancelling_closes_the_requests_at_the_server_too(serve, kit):
     server = serve(lambda n, body: kit.Plan(how="hang"))
-    asked = judge(server.url, rubric=kit.rubric, concurrency=5)
+    asked = kit.judge(server.url, concurrency=5)
 
     async def main() -> int:
         whole = asyncio.create_task(asked.score(kit.requests(20)))
@@ -415,7 +225,7 @@ def test_what_is_cached_is_not_asked_for_again_and_failures_are(serve, kit, tmp_
     server = serve(lambda n, body: kit.Plan(status=400, body={}) if n == 0 else kit.good())
     for again in range(3):  # as three processes would, one after the other
         cache = VerdictCache(tmp_path / "verdicts.sqlite", 2**20)
-        asked = judge(server.url, rubric=kit.rubric, cache=cache, response_format="none")
+        asked = kit.judge(server.url, cache=cache, response_format="none")
         given = score_all(asked, kit.requests(1))
         assert isinstance(given[0], Verdict) == (again > 0)
         cache.close()
@@ -428,46 +238,15 @@ def test_another_model_sampling_rubric_or_reply_is_another_verdict(serve, kit, t
     cache = VerdictCache(tmp_path / "verdicts.sqlite", 2**20)
     other = Rubric(kit.rubric.name, "2", kit.rubric.criteria)
     variants = [
-        judge(server.url, rubric=kit.rubric, cache=cache),
-        judge(server.url, rubric=kit.rubric, cache=cache, model="n"),
-        judge(server.url, rubric=kit.rubric, cache=cache, temperature=0.5),
-        judge(server.url, rubric=kit.rubric, cache=cache, extra_body='{"top_k": 1}'),
-        judge(server.url, rubric=other, cache=cache),
+        kit.judge(server.url, cache=cache),
+        kit.judge(server.url, cache=cache, model="n"),
+        kit.judge(server.url, cache=cache, temperature=0.5),
+        kit.judge(server.url, cache=cache, extra_body='{"top_k": 1}'),
+        kit.judge(server.url, rubric=other, cache=cache),
     ]
     for asked in variants * 2:
         score_all(asked, kit.requests(2))
     assert len(server.requests) == 2 * len(variants)
-    moved = judge(serve(lambda n, body: kit.good(mark=1)).url, rubric=kit.rubric, cache=cache)
+    moved = kit.judge(serve(lambda n, body: kit.good(mark=1)).url, cache=cache)
     assert score_all(moved, kit.requests(1))[0].by_name()["empathy"] == 4, "the address is not part of a verdict"
     cache.close()
-
-
-# ---- what becomes of a reward
-
-
-def grouped(asked: EndpointJudge, kit, count: int = 4):
-    turns = (Turn("user", "My oven broke."), Turn("assistant", "-"))
-    talk = Dialogue("1", "She bakes.", "ISFJ", "sad", "The oven broke.", turns, "here:1")
-    rows = [Completion(talk, 0, Spans("u", "r", "sad", f"The oven {n}.")) for n in range(count)]
-    scores = score_completions(asked, kit.rubric, RewardConfig(), rows)
-    return combine([scores], RewardConfig())
-
-
-def test_half_a_group_lost_is_unknown_and_the_others_keep_their_rewards(serve, kit):
-    def plan(n: int, body: dict[str, Any]):
-        lost = any(f"The oven {n}." in body["messages"][0]["content"] for n in (0, 2))
-        return kit.Plan(status=500, body={}) if lost else kit.good(mark=5)
-
-    asked = judge(serve(plan).url, rubric=kit.rubric, max_tries=2, breaker_failures=100)
-    combined = grouped(asked, kit)
-    assert combined.valid_P_G.tolist() == [[False, True, False, True]]
-    assert [math.isnan(value) for value in combined.rewards_P_G[0]] == [True, False, True, False]
-    assert combined.rewards_P_G[0, 1] == pytest.approx(1.0)
-
-
-def test_all_lost_is_all_unknown(kit, serve):
-    server = serve(lambda n, body: kit.good())
-    server.stop()
-    combined = grouped(judge(server.url, rubric=kit.rubric, max_tries=2, deadline_seconds=3.0), kit)
-    assert not combined.valid_P_G.any()
-    assert all(math.isnan(value) for value in combined.rewards_P_G[0])
