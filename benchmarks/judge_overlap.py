@@ -1,15 +1,15 @@
 """Judge latency x concurrency x step time: how much of a slow judge the training loop hides.
 
-    python benchmarks/judge_overlap.py --latency 0 --concurrency 32          # the first line; its rollout is the unit R
-    python benchmarks/judge_overlap.py --latency 0.25 0.5 1                   # adds lines to --json, prints the table
+    python benchmarks/judge_overlap.py --concurrency 64   # the first line's rollout is the unit R
+    python benchmarks/judge_overlap.py --latency 0.25 0.5 1 --concurrency 16   # adds lines to --json, prints the table
 
 Runs ``train_grpo`` as `kardia grpo` does, with the endpoint judge and a real HTTP server on loopback (a process of its
 own) that answers every call after a set time. Each call first makes a run for each lag that is not counted and compiles
 all programs; about four minutes on 2 CPU cores for all.
 
 Two things are not as in training. The model is untrained and writes no spans, so the parser is replaced and every
-completion is judged. And so many ids end a completion that lengths differ as those of answers do (a mean of about 45
-tokens of at most 128): where all completions end at once, nothing but the reference is left to hide behind without lag.
+completion is judged. And so many ids end a completion that lengths differ as those of answers do (a mean of about 90
+tokens of at most 256): where all completions end at once, nothing but the reference is left to hide behind without lag.
 
 The first two steps and the last one are not counted: nothing is sampled behind the last one.
 """
@@ -29,9 +29,9 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-PROMPTS, GROUP, TOKENS = 4, 8, 128
-ENDS = range(300, 364)
-"""Of 3,200 ids that are about equally likely: one token in fifty ends its completion."""
+PROMPTS, GROUP, TOKENS = 8, 8, 256
+ENDS = range(300, 332)
+"""Of 3,200 ids that are about equally likely: one token in a hundred ends its completion."""
 MAKERS = ("make_generate", "make_score", "make_compiled_update", "make_optimizer", "make_loss", "grpo_objective")
 """What a run compiles; the runs of one process share it, so that no step waits for a compiler."""
 CALLS = PROMPTS * GROUP
@@ -164,11 +164,11 @@ def lines(path: pathlib.Path) -> list[dict[str, Any]]:
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    made.add_argument("--steps", type=int, default=6, help="of each run, the three that are not counted included")
+    made.add_argument("--steps", type=int, default=7, help="of each run, the three that are not counted included")
     made.add_argument(
         "--latency", type=float, nargs="*", default=[0.0, 0.25, 0.5, 1.0], help="of a call, in units of R"
     )
-    made.add_argument("--concurrency", type=int, nargs="+", default=[8, CALLS])
+    made.add_argument("--concurrency", type=int, nargs="+", default=[16, CALLS])
     made.add_argument("--lag", type=int, nargs="+", default=[0, 1])
     made.add_argument("--json", type=pathlib.Path, default=pathlib.Path("judge_overlap.jsonl"), help="a line per run")
     args = made.parse_args()
