@@ -4,8 +4,8 @@
     python benchmarks/judge_overlap.py --latency 0.25 0.5 1 --concurrency 16   # adds lines to --json, prints the table
 
 Runs ``train_grpo`` as `kardia grpo` does, with the endpoint judge and a real HTTP server on loopback (a process of its
-own) that answers every call after a set time. Each call first makes a run for each lag that is not counted and compiles
-all programs; about four minutes on 2 CPU cores for all.
+own) that answers every call after a set time. Each call first makes a run that is not counted and compiles what the
+others share; about five minutes on 2 CPU cores for all.
 
 Two things are not as in training. The model is untrained and writes no spans, so the parser is replaced and every
 completion is judged. And so many ids end a completion that lengths differ as those of answers do (a mean of about 90
@@ -164,7 +164,7 @@ def lines(path: pathlib.Path) -> list[dict[str, Any]]:
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    made.add_argument("--steps", type=int, default=7, help="of each run, the three that are not counted included")
+    made.add_argument("--steps", type=int, default=6, help="of each run, the three that are not counted included")
     made.add_argument(
         "--latency", type=float, nargs="*", default=[0.0, 0.25, 0.5, 1.0], help="of a call, in units of R"
     )
@@ -193,8 +193,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 return measure(port, pathlib.Path(folder), latency, concurrency, lag, args.steps)
 
-        for lag in args.lag:
-            run(0.0, CALLS, lag)
+        run(0.0, CALLS, args.lag[-1])
         unit = lines(args.json)[0]["rollout"] if args.json.exists() else None
         for latency, concurrency, lag in itertools.product(args.latency, args.concurrency, args.lag):
             found = run(round(latency * (unit or 0.0), 3), concurrency, lag)
