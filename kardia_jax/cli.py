@@ -212,11 +212,12 @@ def _sft(arguments: list[str]) -> None:
     config = read_config("sft", arguments)
     from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
+    from kardia_jax.model.sharding import make_mesh
     from kardia_jax.policies import load_policy
     from kardia_jax.sft import train_sft
 
     use_compilation_cache(config.run.compilation_cache)
-    policy = train_sft(config, load_policy(config.model, config.run.seed))
+    policy = train_sft(config, load_policy(config.model, config.run.seed, make_mesh(config.mesh)))
     export_final(config, policy, "sft")
 
 
@@ -224,12 +225,13 @@ def _grpo(arguments: list[str]) -> None:
     config = read_config("grpo", arguments)
     from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
+    from kardia_jax.model.sharding import make_mesh
     from kardia_jax.policies import load_policy
     from kardia_jax.scoring import make_grader, with_auditor
     from kardia_jax.train import train_grpo
 
     use_compilation_cache(config.run.compilation_cache)
-    policy = load_policy(config.model, config.run.seed)
+    policy = load_policy(config.model, config.run.seed, make_mesh(config.mesh))
     grader = with_auditor(make_grader(config.judge, config.rewards), config.judge)
     policy = train_grpo(config, policy, grader)
     export_final(config, policy, "grpo")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from kardia_jax.config import Config, ConfigError
 from kardia_jax.evaluate import Evaluation, evaluate, held_out_prompts, summarise, write_rows
 from kardia_jax.export import export_policy
+from kardia_jax.model.sharding import make_mesh
 from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.intervals import Interval
 from kardia_jax.observe.phases import PhaseTimer
@@ -70,7 +71,7 @@ def _one_seed(config: Config, grader: Grader, timer: PhaseTimer) -> tuple[Policy
             write_rows(evaluations[stage], root / f"answers-{stage}.jsonl")
 
     with timer.phase("load"):
-        policy = load_policy(config.model, config.run.seed)
+        policy = load_policy(config.model, config.run.seed, make_mesh(config.mesh))
     keep("base", policy)
     with timer.phase("sft"):
         policy = train_sft(_with_run(config, config.run.seed, root / "sft"), policy)

@@ -23,6 +23,7 @@ from kardia_jax.dialogue.prompt import Prompt, load_system_prompt, prompts_of
 from kardia_jax.dialogue.spans import Spans
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.decoding import Storage
+from kardia_jax.model.sharding import make_mesh
 from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.intervals import (
     Interval,
@@ -32,8 +33,8 @@ from kardia_jax.observe.intervals import (
     t_interval,
 )
 from kardia_jax.observe.jsonl import plain
-from kardia_jax.policies import Policy, check_positions, sampler_of
-from kardia_jax.programs import compute_for, make_generate
+from kardia_jax.policies import Policy, check_positions, placed_policy, sampler_of
+from kardia_jax.programs import compute_for, make_generate, sampling_compute
 from kardia_jax.rewards.rubric import Rubric
 from kardia_jax.rollout.engine import Sampler, sample
 from kardia_jax.rollout.sampling import Controls
@@ -89,8 +90,11 @@ def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
     """Answers every test prompt and grades the answers; a draw depends on seed, prompt and sample alone."""
     check_positions(policy.spec, config.data.max_prompt_tokens, config.eval.sampler.max_new_tokens, "eval.sampler")
     prompts, settings = held_out_prompts(config, policy), config.eval
+    mesh = make_mesh(config.mesh)
+    policy = placed_policy(policy, mesh)
     storage = Storage(settings.sampler.kv_dtype, settings.sampler.weights_dtype)
-    generate = make_generate(policy.spec, compute_for(config.model), storage, settings.sampler.rows)
+    sampling = sampling_compute(policy.spec, compute_for(config.model, mesh), config.mesh)
+    generate = make_generate(policy.spec, sampling, storage, settings.sampler.rows)
     sampler = sampler_of(policy, generate)
     params, texts_P_G = policy.full(), []
     for start in range(0, len(prompts), settings.batch):

@@ -1,4 +1,5 @@
-"""Which memory an array lives in: the device's own, or pinned memory of its host, which costs the device nothing.
+"""Which memory an array lives in: the host's, the device's own, or pinned memory of its host, which costs the device
+nothing.
 
 An array's type says where it is, so a program needs no flag: ``on_device`` inside it fetches what is elsewhere, and
 ``where_it_was`` puts a result back to the place of what it replaces.
@@ -9,6 +10,8 @@ An array's type says where it is, so a program needs no flag: ``on_device`` insi
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array
 
 from kardia_jax.config.errors import require
@@ -43,6 +46,16 @@ def on_device(tree: Tree) -> Tree:
 def where_it_was(new: Tree, old: Tree) -> Tree:
     """The values of ``new``, each in the memory of its namesake in ``old``."""
     return jax.tree.map(lambda fresh, before: _moved(fresh, _space(before)), new, old)
+
+
+def shared_out(tree: Tree, rows: Sharding, whole: Sharding) -> Tree:
+    """The gate from the host to the mesh: arrays whose first axis is shared out, and scalars that every device has."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, rows if np.ndim(leaf) else whole), tree)
+
+
+def to_host(tree: Tree) -> Tree:
+    """The gate from the mesh to the host: whole NumPy arrays."""
+    return jax.device_get(tree)
 
 
 def _space(leaf: Any) -> Any:

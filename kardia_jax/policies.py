@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -26,11 +27,12 @@ from kardia_jax.hf import gguf
 from kardia_jax.hf.container import Dtype
 from kardia_jax.hf.folder import GENERATION, has_tokenizer, read_json
 from kardia_jax.hf.peft import load_adapter
-from kardia_jax.hf.read import load_arrays
+from kardia_jax.hf.read import abstract_params, load_arrays
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.lora import init_adapter, joined, merged_model
 from kardia_jax.model.policy import init
 from kardia_jax.model.shapes import named_shape
+from kardia_jax.model.sharding import check_mesh, shardings
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import Sampler
@@ -99,13 +101,26 @@ def sampler_of(policy: Policy, generate: Generate) -> Sampler:
     return Sampler(generate, policy.tokenizer, policy.stop_ids, policy.silent_ids, policy.pad_id)
 
 
-def load_policy(config: ModelConfig, seed: int) -> Policy:
-    """The policy that the config names, with its adapter; errors say what was wanted and what the directory holds."""
-    whole = load_whole(config, seed)
+def load_policy(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Policy:
+    """The policy that the config names, with its adapter, on the mesh if there is one; errors say what was wanted and
+    what the directory holds."""
+    whole = placed_policy(load_whole(config, seed, mesh), mesh)
     if config.adapter is not None:
         lora, adapter = load_adapter(config.adapter, whole.spec)
-        return adapted(whole, dataclasses.replace(lora, base=config.lora.base), adapter)
-    return with_new_adapter(whole, config.lora, seed)
+        return placed_policy(adapted(whole, dataclasses.replace(lora, base=config.lora.base), adapter), mesh)
+    return placed_policy(with_new_adapter(whole, config.lora, seed), mesh)
+
+
+def placed_policy(policy: Policy, mesh: Mesh | None) -> Policy:
+    """The policy with its arrays where the mesh wants them; those that lie there stay.
+
+    Raises ConfigError for a model that the mesh does not divide.
+    """
+    if mesh is None:
+        return policy
+    check_mesh(policy.spec, mesh)
+    params, frozen = (jax.device_put(tree, shardings(tree, mesh)) for tree in (policy.params, policy.frozen))
+    return policy._replace(params=params, frozen=frozen)
 
 
 def with_new_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
@@ -130,18 +145,18 @@ def adapted(whole: Policy, lora: LoraConfig, adapter: Params) -> Policy:
     return whole._replace(params=adapter, frozen=frozen, lora=lora)
 
 
-def load_whole(config: ModelConfig, seed: int) -> Policy:
-    """The model that ``source`` names, every parameter of it to be trained."""
-    return _assembled(read_model(config, seed, config.lora.base))
+def load_whole(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Policy:
+    """The model that ``source`` names, every parameter of it to be trained; weights are read straight to the mesh."""
+    return _assembled(read_model(config, seed, config.lora.base, mesh))
 
 
-def read_model(config: ModelConfig, seed: int, dtype: Dtype) -> Model:
+def read_model(config: ModelConfig, seed: int, dtype: Dtype, mesh: Mesh | None = None) -> Model:
     """The model that ``source`` names as it is, in this type; without the span tags where it has none."""
     folder = pathlib.Path(config.source)
     if gguf.is_gguf(folder):
-        return _from_gguf(folder, dtype)
+        return _from_gguf(folder, dtype, mesh)
     if folder.is_dir():
-        return _from_directory(folder, config.tokenizer, dtype)
+        return _from_directory(folder, config.tokenizer, dtype, mesh)
     if len(folder.parts) > 1:
         fix = "Import a checkpoint there first, or name a built-in shape (`kardia doctor` lists them)."
         raise ConfigError("model.source", "a local Hugging Face directory", config.source, fix)
@@ -195,23 +210,27 @@ def _with_new_rows(table: Float[Array, "V D"], known: int, tokens: int, rows: in
     return table.at[known:tokens].set(table[:known].mean(0))
 
 
-def _from_directory(folder: pathlib.Path, tokenizer_source: str, dtype: Dtype) -> Model:
+def _from_directory(folder: pathlib.Path, tokenizer_source: str, dtype: Dtype, mesh: Mesh | None) -> Model:
     if not (folder / "config.json").is_file():
         fix = "Give a directory as written by save_pretrained or by `kardia export`."
         raise ConfigError("model.source", "a directory with config.json", str(folder), fix)
     spec = ModelSpec.from_hf(read_json(folder / "config.json"))
     tokenizer = load_tokenizer(str(folder) if has_tokenizer(folder) else tokenizer_source)
-    params = load_arrays(folder, spec, dtype=dtype)
+    params = load_arrays(folder, spec, _places(spec, mesh), dtype)
     return Model(spec.with_tokens(len(tokenizer)), params, tokenizer, _generation_ends(folder))
 
 
-def _from_gguf(path: pathlib.Path, dtype: Dtype) -> Model:
+def _from_gguf(path: pathlib.Path, dtype: Dtype, mesh: Mesh | None) -> Model:
     """The tokenizer is the file's own; packed weights become float32 masters (or the type of a frozen base)."""
     described = gguf.config(path)
     spec = ModelSpec.from_hf(described)
-    params = load_arrays(path, spec, dtype=dtype)
+    params = load_arrays(path, spec, _places(spec, mesh), dtype)
     tokenizer = gguf.tokenizer(path)
     return Model(spec.with_tokens(len(tokenizer)), params, tokenizer, _ends(described.get("eos_token_id")))
+
+
+def _places(spec: ModelSpec, mesh: Mesh | None) -> Params | None:
+    return None if mesh is None else shardings(abstract_params(spec), mesh)
 
 
 def _assembled(model: Model) -> Policy:

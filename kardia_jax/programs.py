@@ -3,8 +3,12 @@
 Everything under them is a plain function; this is the only place of the training path that says ``jax.jit``. Shapes
 that vary (prompt and completion length) are padded to few sizes by the callers, temperatures and filters are arrays,
 so a run compiles each program once per pair of sizes; the same model evaluated again compiles nothing.
+
+On a mesh (``Compute.mesh``) the same functions are traced with the table of ``model/sharding.py`` in force. What a
+program changes - the state, sums, rows - comes out as it went in, so the second step compiles nothing.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.stages import Compiled
+from jax.sharding import Mesh, NamedSharding
+from jax.stages import Compiled, Lowered
 from jaxtyping import Array, Float, Int
 
-from kardia_jax.config import FULL, LoraConfig, ModelConfig
+from kardia_jax.config import FULL, LoraConfig, MeshConfig, ModelConfig
 from kardia_jax.grpo.micro_batches import micro_batches as cut_by_tokens
 from kardia_jax.grpo.update import (
     Forward,
@@ -25,6 +30,7 @@ from kardia_jax.grpo.update import (
     Sums,
     apply_sums,
     completion_mask,
+    init_state,
     make_accumulate,
     make_update,
     no_sums,
@@ -35,8 +41,17 @@ from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.head import sampled_logits
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_hidden, group_logprobs, head_table
+from kardia_jax.model.sharding import (
+    check_mesh,
+    everywhere,
+    make_sampler_mesh,
+    on_mesh,
+    row_shards,
+    rows_sharding,
+    shardings,
+)
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.placement import on_device
+from kardia_jax.placement import on_device, shared_out
 from kardia_jax.rollout import batching, sampler
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import SHORTEST
@@ -64,19 +79,68 @@ class CompiledUpdate(Protocol):
 
 
 @dataclass(frozen=True)
+class InPlace:
+    """(first, ...) -> (first, ...) compiled for a mesh: the first result lies where the first argument lay, which it
+    takes; the rest lies whole on every device."""
+
+    function: Callable[..., Any]
+    mesh: Mesh
+
+    def __call__(self, first: Any, *rest: Any) -> Any:
+        return self._compiled(first)(first, *rest)
+
+    def lower(self, first: Any, *rest: Any) -> Lowered:
+        return self._compiled(first).lower(first, *rest)
+
+    def _compiled(self, first: Any) -> Any:
+        leaves, tree = jax.tree.flatten(first)
+        return _in_place(self.function, self.mesh, tree, tuple(leaf.sharding for leaf in leaves))
+
+
+@functools.cache
+def _in_place(function: Callable[..., Any], mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Any:
+    out = jax.tree.unflatten(tree, places), everywhere(mesh)
+    return jax.jit(on_mesh(mesh, function), donate_argnums=0, out_shardings=out)
+
+
+def in_place(function: Callable[..., Any], mesh: Mesh | None) -> Any:
+    """(first, ...) -> (first, ...) compiled; ``first`` is donated."""
+    return jax.jit(function, donate_argnums=0) if mesh is None else InPlace(function, mesh)
+
+
+def make_start(optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Callable[[Params], TrainState]:
+    """``init_state``, its moments where their parameters lie on the mesh; the parameters stay the caller's own."""
+    if mesh is None:
+        return functools.partial(init_state, optimizer=optimizer)
+
+    def start(params: Params) -> TrainState:
+        places = shardings(jax.eval_shape(optimizer.init, params), mesh)
+        zero = jax.device_put(jnp.int32(0), everywhere(mesh))
+        return TrainState(zero, params, jax.jit(optimizer.init, out_shardings=places)(params), jnp.copy(zero))
+
+    return start
+
+
+def placed(batch: GroupBatch, mesh: Mesh | None) -> GroupBatch:
+    """The batch shared out over the mesh, whole groups to each device."""
+    return batch if mesh is None else shared_out(batch, rows_sharding(mesh), everywhere(mesh))
+
+
+@dataclass(frozen=True)
 class WholeUpdate:
     """All micro-batches and the optimizer's step in one program."""
 
     step: Any
     """Compiled: (state, batch, frozen) -> (state, metrics)."""
+    mesh: Mesh | None = None
 
     def __call__(
         self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
     ) -> tuple[TrainState, dict[str, Mean]]:
-        return self.step(state, batch, frozen)
+        return self.step(state, placed(batch, self.mesh), frozen)
 
     def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
-        yield f"update of {shape_of(batch)}", self.step.lower(state, batch, frozen).compile()
+        yield f"update of {shape_of(batch)}", self.step.lower(state, placed(batch, self.mesh), frozen).compile()
 
 
 @dataclass(frozen=True)
@@ -94,12 +158,13 @@ class UpdateByTokens:
     add: Callable[..., dict[str, Mean]] = field(
         default_factory=lambda: jax.jit(functools.partial(jax.tree.map, jnp.add))
     )
+    mesh: Mesh | None = None
 
     def __call__(
         self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING
     ) -> tuple[TrainState, dict[str, Mean]]:
         sums, metrics = self.start(state.params), None
-        for place, part in enumerate(cut_by_tokens(batch, self.budget, self.shortest)):
+        for place, part in enumerate(self._parts(batch)):
             sums, means = self.accumulate(sums, state.params, part, np.int32(place), state.step, frozen)
             metrics = means if metrics is None else self.add(metrics, means)
         state, norms = self.apply(state, sums)
@@ -107,12 +172,16 @@ class UpdateByTokens:
 
     def programs(self, state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> Programs:
         sums, seen = self.start(state.params), set()
-        for part in cut_by_tokens(batch, self.budget, self.shortest):
+        for part in self._parts(batch):
             if shape_of(part) not in seen:
                 lowered = self.accumulate.lower(sums, state.params, part, np.int32(0), state.step, frozen)
                 yield f"gradient of {shape_of(part)}", lowered.compile()
             seen.add(shape_of(part))
         yield "optimizer", self.apply.lower(state, sums).compile()
+
+    def _parts(self, batch: GroupBatch) -> Iterator[GroupBatch]:
+        for part in cut_by_tokens(batch, self.budget, self.shortest, row_shards(self.mesh)):
+            yield placed(part, self.mesh)
 
 
 def shape_of(batch: GroupBatch) -> str:
@@ -121,12 +190,23 @@ def shape_of(batch: GroupBatch) -> str:
     return f"{groups} groups x ({batch.prompt_tokens.shape[1]} + {group} x {completion}) tokens"
 
 
-def compute_for(config: ModelConfig) -> Compute:
-    """The compute settings of this machine: what the config leaves open is float32 and small slices on CPU, bfloat16
-    and large ones elsewhere."""
-    native, chunk = ("float32", 128) if jax.default_backend() == "cpu" else ("bfloat16", 1024)
+def compute_for(config: ModelConfig, mesh: Mesh | None = None) -> Compute:
+    """The compute settings of this machine: what the config leaves open is float32 and small slices of the vocabulary
+    on CPU, bfloat16 and the whole of it elsewhere."""
+    native, rows = ("float32", 1024) if jax.default_backend() == "cpu" else ("bfloat16", 0)
     dtype = native if config.dtype == "auto" else config.dtype
-    return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention)
+    chunks = config.head_chunk, config.vocab_chunk or rows
+    return Compute(dtype, config.remat, *chunks, config.unroll, config.attention, mesh)
+
+
+def sampling_compute(spec: ModelSpec, compute: Compute, config: MeshConfig) -> Compute:
+    """The compute settings of the sampler: the learner's, unless it has devices of its own.
+
+    Raises ConfigError for a model that its mesh does not divide.
+    """
+    mesh = make_sampler_mesh(config)
+    check_mesh(spec, mesh, "mesh.sampler")
+    return compute if mesh is None else dataclasses.replace(compute, mesh=mesh, apart=True)
 
 
 @functools.cache
@@ -136,15 +216,56 @@ def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPU
     def model(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(function, spec, compute, storage)
 
+    def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        if compute.mesh is None:
+            return jax.jit(function, **options)
+        out = jax.tree.map(functools.partial(rows_sharding, compute.mesh), sampler.ROWS)
+        return jax.jit(on_mesh(compute.mesh, function), out_shardings=out, **options)
+
     programs = batching.Programs(
-        weights=jax.jit(lambda params: decoding_weights(spec, params, compute.dtype, storage)),
-        empty=jax.jit(model(sampler.empty), static_argnames=("size", "columns", "budget")),
-        admit=jax.jit(model(sampler.admit), donate_argnames="rows"),
-        decode=jax.jit(model(sampler.decode), donate_argnames="rows"),
-        grow=jax.jit(sampler.grow, static_argnames="columns"),
-        keep=jax.jit(sampler.keep),
+        weights=jax.jit(on_mesh(compute.mesh, lambda params: decoding_weights(spec, params, compute.dtype, storage))),
+        empty=compiled(model(sampler.empty), static_argnames=("prompts", "size", "columns", "budget")),
+        admit=compiled(model(sampler.admit), donate_argnames="rows"),
+        decode=compiled(model(sampler.decode), donate_argnames="rows"),
+        grow=compiled(sampler.grow, static_argnames="columns"),
+        keep=compiled(sampler.keep),
+        sent=Sender(compute.mesh, compute.dtype) if compute.mesh is not None and compute.apart else batching.stay,
+        shards=row_shards(compute.mesh),
     )
     return functools.partial(batching.roll_out, programs, rows)
+
+
+class Sender:
+    """Parameters to the sampler's own devices, laid out there by the table: cast where they lie, so that in bfloat16
+    half the bytes travel.
+
+    Under an adapter nothing is cast, since the sampler adds A B to the base in float32 before it casts the sum; what
+    is the same array as last time, the frozen base, is not sent again.
+    """
+
+    def __init__(self, mesh: Mesh, dtype: str):
+        self._mesh, self._dtype = mesh, dtype
+        self._sent: dict[int, tuple[Array, Array]] = {}
+
+    def __call__(self, params: Params) -> Params:
+        places = shardings(params, self._mesh)
+        if not any(path[-1].key == "lora_a" for path, _ in jax.tree_util.tree_leaves_with_path(params)):
+            return jax.device_put(_cast(params, self._dtype), places)
+        before, self._sent = self._sent, {}
+
+        def send(leaf: Array, place: NamedSharding) -> Array:
+            # The pair keeps the array alive, so no other one has its id.
+            known = before.get(id(leaf))
+            copy = jax.device_put(leaf, place) if known is None else known[1]
+            self._sent[id(leaf)] = leaf, copy
+            return copy
+
+        return jax.tree.map(send, params, places)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def score(
@@ -170,7 +291,11 @@ def make_score(spec: ModelSpec, compute: Compute) -> Score:
     def fetch_and_score(params: Params, batch: GroupBatch, temperature: Float[Array, ""]) -> tuple[Array, Array]:
         return score(spec, compute, on_device(params), batch, temperature)
 
-    return jax.jit(fetch_and_score)
+    mesh = compute.mesh
+    if mesh is None:
+        return jax.jit(fetch_and_score)
+    program = jax.jit(on_mesh(mesh, fetch_and_score), out_shardings=rows_sharding(mesh))
+    return lambda params, batch, temperature: program(params, placed(batch, mesh), temperature)
 
 
 def next_logprobs(
@@ -227,13 +352,14 @@ def make_compiled_update(
 
         return forward
 
+    mesh = compute.mesh
     if tokens_per_micro_batch is not None:
-        return update_by_tokens(forward_of, objective, optimizer, tokens_per_micro_batch)
+        return update_by_tokens(forward_of, objective, optimizer, tokens_per_micro_batch, mesh=mesh)
 
     def update(state: TrainState, batch: GroupBatch, frozen: Params = NOTHING) -> tuple[TrainState, dict[str, Mean]]:
         return make_update(forward_of(frozen, state.step), objective, optimizer, micro_batches)(state, batch)
 
-    return WholeUpdate(jax.jit(update, donate_argnums=0))
+    return WholeUpdate(in_place(update, mesh), mesh)
 
 
 def update_by_tokens(
@@ -242,15 +368,18 @@ def update_by_tokens(
     optimizer: optax.GradientTransformation,
     budget: int,
     shortest: int = SHORTEST,
+    mesh: Mesh | None = None,
 ) -> UpdateByTokens:
     """``make_compiled_update`` over micro-batches within ``budget`` tokens, for any forward pass (frozen, update) ->
     ``Forward``; one program per padded shape, and lengths are padded to ``shortest`` at least."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def accumulate(
         sums: Sums, params: Params, part: GroupBatch, place: Int[Array, ""], step: Int[Array, ""], frozen: Params
     ) -> tuple[Sums, dict[str, Mean]]:
         return make_accumulate(forward_of(frozen, step), objective)(sums, params, part, place)
 
-    apply = jax.jit(functools.partial(apply_sums, optimizer=optimizer), donate_argnums=0)
-    return UpdateByTokens(budget, shortest, accumulate, apply)
+    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Mean]]:
+        return apply_sums(state, sums, optimizer)
+
+    start = jax.jit(on_mesh(mesh, no_sums))
+    return UpdateByTokens(budget, shortest, in_place(accumulate, mesh), in_place(apply, mesh), start, mesh=mesh)

@@ -3,6 +3,7 @@
 from kardia_jax.config import Config
 from kardia_jax.demo import write_summary
 from kardia_jax.evaluate import evaluate, summarise, write_rows
+from kardia_jax.model.sharding import make_mesh
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.results import results_table, wide_console
 from kardia_jax.policies import load_policy
@@ -13,7 +14,7 @@ def evaluate_and_report(config: Config) -> None:
     """Evaluates ``model.source``; writes eval.json and answers.jsonl into ``run.dir``."""
     timer = PhaseTimer()
     with timer.phase("load"):
-        policy = load_policy(config.model, config.run.seed)
+        policy = load_policy(config.model, config.run.seed, make_mesh(config.mesh))
     with timer.phase("evaluate"):
         evaluation = evaluate(config, policy, make_grader(config.judge, config.rewards))
     results = {"policy": summarise([evaluation], config.run.seed)}

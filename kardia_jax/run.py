@@ -19,12 +19,12 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
 from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, flat, to_json
 from kardia_jax.config.judge import NOT_THE_VERDICT
 from kardia_jax.dialogue.dataset import Loaded
-from kardia_jax.grpo.update import init_state
 from kardia_jax.hands import Hand, packed
 from kardia_jax.judge.failures import JudgeStopError
 from kardia_jax.judge.protocol import JudgeUnusableError
@@ -35,6 +35,7 @@ from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.trackers import Tracker, open_trackers
 from kardia_jax.placement import offloaded
+from kardia_jax.programs import make_start
 from kardia_jax.types import Params, TrainState
 
 WARM_STEPS = 2
@@ -125,10 +126,15 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def start_state(
-    params: Params, optimizer: optax.GradientTransformation, config: OptimizerConfig, where: str
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    where: str,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """Step 0, the moments where the config wants them; ``where`` is the part of the config, like ``sft.optimizer``."""
-    state = init_state(params, optimizer)
+    """Step 0, the moments where config and mesh want them; ``where`` is the part of the config, like
+    ``sft.optimizer``."""
+    state = make_start(optimizer, mesh)(params)
     if not config.offload:
         return state
     return state._replace(opt_state=offloaded(state.opt_state, f"{where}.offload"))
@@ -175,13 +181,16 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, and how the judge
-    is reached, since a run that stopped for its judge goes on with a repaired one."""
+    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, the mesh, on
+    which no result depends, and how the judge is reached, since a run that stopped for its judge goes on with a
+    repaired one."""
     tree = json.loads(to_json(config))
     for path in NOT_THE_VERDICT:
         *parents, last = path.split(".")
         functools.reduce(dict.__getitem__, parents, tree["judge"]).pop(last)
-    return {name: part for name, part in tree.items() if name not in ("run", "eval")} | {"seed": config.run.seed}
+    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh")} | {
+        "seed": config.run.seed
+    }
 
 
 def check_progress(state: TrainState, allowed: int, where: str) -> None:

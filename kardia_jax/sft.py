@@ -16,8 +16,9 @@ from kardia_jax.dialogue.pipeline import batches
 from kardia_jax.dialogue.prompt import Example, examples_of, load_system_prompt
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import sft_objective
+from kardia_jax.model.sharding import check_rows, make_mesh
 from kardia_jax.observe.measures import to_host, values
-from kardia_jax.policies import Policy, check_positions
+from kardia_jax.policies import Policy, check_positions, placed_policy
 from kardia_jax.programs import compute_for, make_compiled_update
 from kardia_jax.rollout.engine import SHORTEST, pad_rows
 from kardia_jax.run import check_progress, open_run, report_data, start_state
@@ -27,6 +28,9 @@ from kardia_jax.warmup import memory_errors, warm_update
 
 def train_sft(config: Config, policy: Policy) -> Policy:
     """Minimises the token-mean negative log-likelihood of the answers; returns the trained policy."""
+    mesh = make_mesh(config.mesh)
+    check_rows(config.sft.batch, "sft.batch", mesh, config.sft.micro_batches)
+    policy = placed_policy(policy, mesh)
     # ---- Data
     loaded = load_dialogues(config.data, "train")
     examples = examples_of(
@@ -43,7 +47,7 @@ def train_sft(config: Config, policy: Policy) -> Policy:
     # ---- Program and state
     optimizer = make_optimizer(config.sft.optimizer, steps)
     rate = learning_rate(config.sft.optimizer, steps)
-    compute = compute_for(config.model)
+    compute = compute_for(config.model, mesh)
     update = make_compiled_update(
         policy.spec,
         compute,
@@ -56,7 +60,7 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         tokens_per_micro_batch=config.sft.tokens_per_micro_batch,
     )
 
-    fresh = start_state(policy.params, optimizer, config.sft.optimizer, "sft.optimizer")
+    fresh = start_state(policy.params, optimizer, config.sft.optimizer, "sft.optimizer", mesh)
 
     # ---- Loop
     with open_run(config, "sft", steps, fresh) as run, memory_errors("sft"):

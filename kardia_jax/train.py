@@ -33,10 +33,11 @@ from kardia_jax.hands import Hand, taken_up
 from kardia_jax.judging import Judging
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.decoding import Storage
+from kardia_jax.model.sharding import check_rows, make_mesh
 from kardia_jax.observe.measures import merge, to_host, values
 from kardia_jax.placement import offloaded
-from kardia_jax.policies import Policy, check_positions, sampler_of
-from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score
+from kardia_jax.policies import Policy, check_positions, placed_policy, sampler_of
+from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score, sampling_compute
 from kardia_jax.rewards.alarms import Alarms
 from kardia_jax.rewards.diagnostics import hacking_signs
 from kardia_jax.rollout.engine import Sampled, sample
@@ -51,6 +52,9 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     """Runs the loop of the config; returns the trained policy."""
     grpo, seed = config.grpo, config.run.seed
     check_positions(policy.spec, config.data.max_prompt_tokens, grpo.sampler.max_new_tokens, "grpo.sampler")
+    mesh = make_mesh(config.mesh)
+    check_rows(grpo.prompts // grpo.minibatches, "grpo.prompts / grpo.minibatches", mesh, grpo.micro_batches)
+    policy = placed_policy(policy, mesh)
 
     # ---- Data
     loaded = load_dialogues(config.data, "train")
@@ -60,9 +64,10 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     steps = grpo.steps if grpo.steps is not None else order.steps_for(grpo.epochs)
 
     # ---- Programs
-    compute = compute_for(config.model)
+    compute = compute_for(config.model, mesh)
     storage = Storage(grpo.sampler.kv_dtype, grpo.sampler.weights_dtype)
-    sampler = sampler_of(policy, make_generate(policy.spec, compute, storage, grpo.sampler.rows))
+    sampling = sampling_compute(policy.spec, compute, config.mesh)
+    sampler = sampler_of(policy, make_generate(policy.spec, sampling, storage, grpo.sampler.rows))
     score = make_score(policy.spec, compute)
     updates = steps * grpo.minibatches * grpo.passes
     optimizer = make_optimizer(grpo.optimizer, updates)
@@ -82,7 +87,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     controls = Controls.from_config(grpo.sampler)
 
     # ---- State
-    fresh = start_state(policy.params, optimizer, grpo.optimizer, "grpo.optimizer")
+    fresh = start_state(policy.params, optimizer, grpo.optimizer, "grpo.optimizer", mesh)
     reference = policy.reference() if grpo.loss.beta > 0 else None
     if reference is not None and grpo.offload_reference:
         reference = offloaded(reference, "grpo.offload_reference")

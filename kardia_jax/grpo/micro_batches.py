@@ -19,19 +19,22 @@ import jax
 import numpy as np
 
 from kardia_jax.dialogue.pipeline import length_buckets
+from kardia_jax.placement import to_host
 from kardia_jax.types import GroupBatch
 
 WORTH_A_CUT = 8
 """One more micro-batch has to save a share of 1 / 8 of the budget in padding: it reads all weights once more."""
 
 
-def micro_batches(batch: GroupBatch, budget: int, shortest: int = 1) -> list[GroupBatch]:
+def micro_batches(batch: GroupBatch, budget: int, shortest: int = 1, shards: int = 1) -> list[GroupBatch]:
     """Micro-batches of host arrays, longest first, each within ``budget`` tokens or a single group.
 
     Tokens of a micro-batch are groups x (padded prompt + completions x padded completion). Lengths are padded to
     ``shortest`` at least. Every group of the batch is in exactly one; positions that no loss row reaches are cut off.
+    On a mesh that shares the rows out over ``shards`` devices the budget is that of one device, and so is the single
+    group.
     """
-    host = jax.device_get(batch)
+    host = to_host(batch)
     prompts = np.asarray(host.prompt_lengths).max(1)
     completions = np.where(host.loss_rows, host.completion_lengths, 0).max(1)
     _, group, longest = host.completion_tokens.shape
@@ -39,21 +42,25 @@ def micro_batches(batch: GroupBatch, budget: int, shortest: int = 1) -> list[Gro
         (_padded(s, shortest, host.prompt_tokens.shape[1]), _padded(t, shortest, longest))
         for s, t in zip(prompts.tolist(), completions.tolist(), strict=True)
     ]
-    return [_cut(host, rows, sizes) for rows in plan(sizes, group, budget)]
+    return [_cut(host, rows, sizes) for rows in plan(sizes, group, budget, shards)]
 
 
-def plan(sizes: Sequence[tuple[int, int]], group: int, budget: int) -> list[list[int]]:
+def plan(sizes: Sequence[tuple[int, int]], group: int, budget: int, shards: int = 1) -> list[list[int]]:
     """Which groups share a micro-batch, given their padded (prompt, completion) lengths.
 
     Of all ways to cut the sorted groups the one with the fewest padded tokens, where a cut costs ``budget /
-    WORTH_A_CUT``. A group that is larger than the budget stands alone.
+    WORTH_A_CUT``. A group that is larger than the budget stands alone. The number of groups is a multiple of
+    ``shards``, and those of one device count.
     """
     order = sorted(range(len(sizes)), key=lambda row: (sizes[row][1], sizes[row][0]), reverse=True)
+    # One entry a place where a cut may be.
+    taken = [order[at : at + shards] for at in range(0, len(order), shards)]
+    longest = [tuple(max(sizes[row][axis] for row in rows) for axis in (0, 1)) for rows in taken]
     costs, starts = [0], [0]
-    for end in range(1, len(order) + 1):
+    for end in range(1, len(taken) + 1):
         cheapest, prompt, completion = (np.inf, 0), 0, 0
         for start in range(end - 1, -1, -1):
-            rows, (s, t) = end - start, sizes[order[start]]
+            rows, (s, t) = end - start, longest[start]
             prompt, completion = max(prompt, s), max(completion, t)
             tokens = rows * (prompt + group * completion)
             if rows > 1 and tokens > budget:
@@ -62,9 +69,9 @@ def plan(sizes: Sequence[tuple[int, int]], group: int, budget: int) -> list[list
                 cheapest = min(cheapest, (costs[start] + tokens + budget // WORTH_A_CUT, start))
         costs.append(int(cheapest[0]))
         starts.append(int(cheapest[1]))
-    parts, end = [], len(order)
+    parts, end = [], len(taken)
     while end:
-        parts.append(order[starts[end] : end])
+        parts.append([row for rows in taken[starts[end] : end] for row in rows])
         end = starts[end]
     return parts[::-1]
 

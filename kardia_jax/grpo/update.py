@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kardia_jax.grpo.losses import LossFn, LossInputs
+from kardia_jax.model.sharding import active, constrain, constrain_tree, row_shards
 from kardia_jax.placement import on_device, where_it_was
 from kardia_jax.types import GroupBatch, Mean, Params, TrainState
 
@@ -88,19 +89,28 @@ def sft_objective(batch: GroupBatch, policy_logprobs: Array, entropy: Array) -> 
 
 
 def split(batch: GroupBatch, parts: int) -> GroupBatch:
-    """[P, ...] -> [M, P/M, ...] for every array with a prompt axis; scalars are repeated."""
+    """[P, ...] -> [M, P/M, ...] for every array with a prompt axis; scalars are repeated.
+
+    On a mesh every micro-batch takes its share from each device, so that none has to move.
+    """
+    shards = row_shards(active())
 
     def cut(x: Array) -> Array:
         if x.ndim == 0:
             return jnp.broadcast_to(x, (parts,))
-        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+        if shards == 1:
+            return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+        apart = x.reshape(shards, parts, x.shape[0] // (shards * parts), *x.shape[1:])
+        return constrain(jnp.swapaxes(apart, 0, 1).reshape(parts, -1, *x.shape[1:]), ".P" + "." * (x.ndim - 1))
 
     return jax.tree.map(cut, batch)
 
 
 def no_sums(params: Params) -> Sums:
     """What accumulation starts from."""
-    return Sums(jax.tree.map(jnp.zeros_like, params), Mean(jnp.float32(0), jnp.float32(0)), jnp.int32(0))
+    return Sums(
+        constrain_tree(jax.tree.map(jnp.zeros_like, params)), Mean(jnp.float32(0), jnp.float32(0)), jnp.int32(0)
+    )
 
 
 def make_accumulate(forward: Forward, objective: Objective) -> Accumulate:
@@ -116,7 +126,7 @@ def make_accumulate(forward: Forward, objective: Objective) -> Accumulate:
         sums: Sums, params: Params, batch: GroupBatch, place: Int[Array, ""]
     ) -> tuple[Sums, dict[str, Mean]]:
         gradient, (loss, metrics) = jax.grad(undivided, has_aux=True)(params, batch, place)
-        return jax.tree.map(jnp.add, sums, Sums(gradient, loss, completion_mask(batch).sum())), metrics
+        return jax.tree.map(jnp.add, sums, Sums(constrain_tree(gradient), loss, completion_mask(batch).sum())), metrics
 
     return accumulate
 

@@ -27,6 +27,7 @@ from kardia_jax.model.attention import MASKED, Part, Scoring, Window, merge
 from kardia_jax.model.layers import Block, kinds, rotations, turn_of
 from kardia_jax.model.lora import SITES, merged, union
 from kardia_jax.model.policy import Compute, apply, embed, final_norm, run_prompt, scoring_of
+from kardia_jax.model.sharding import constrain_tree, key_heads
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -72,7 +73,10 @@ class Sight(NamedTuple):
 
 
 def decoding_weights(spec: ModelSpec, params: Params, dtype: str, storage: Storage) -> Params:
-    """The parameters as decoding reads them: a list of layers instead of a stack, adapters merged, cast once."""
+    """The parameters as decoding reads them: a list of layers instead of a stack, adapters merged, cast once.
+
+    On a mesh they are gathered here, once a call, over the axes that share them between uses: no step gathers any.
+    """
 
     def layer(index: int) -> Params:
         one = merged(jax.tree.map(lambda leaf: leaf[index], params["blocks"]))
@@ -80,7 +84,8 @@ def decoding_weights(spec: ModelSpec, params: Params, dtype: str, storage: Stora
         return jax.tree.map(lambda leaf: leaf if leaf.dtype == jnp.int8 else leaf.astype(dtype), one)
 
     rest = {name: node for name, node in params.items() if name != "blocks"}
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), rest) | {"layers": [layer(i) for i in range(spec.layers)]}
+    weights = jax.tree.map(lambda leaf: leaf.astype(dtype), rest) | {"layers": [layer(i) for i in range(spec.layers)]}
+    return constrain_tree(weights, "used")
 
 
 def quantized(layer: Params) -> Params:
@@ -105,7 +110,7 @@ def empty_caches(
     spec: ModelSpec, compute: Compute, storage: Storage, prompts: int, group: int, size: int, columns: int
 ) -> list[LayerCache]:
     """Zeros, since a masked softmax over uninitialised memory leaks NaN."""
-    heads, dim, rows = spec.kv_heads, spec.head_dim, prompts * group
+    heads, dim, rows = key_heads(spec.kv_heads), spec.head_dim, prompts * group
 
     def zeros(shape: tuple[int, ...], axis: int) -> Stored:
         return stored(jnp.zeros(shape, compute.dtype), axis, storage)
@@ -147,7 +152,7 @@ def decode_step(
 
     ``start`` is the step that fed a group's first token, which stands behind ``prefix_lengths`` prompt tokens.
     """
-    x = embed(spec, weights, tokens[..., None], compute)
+    x = embed(spec, weights, tokens[..., None], compute, "used")
     written = step - start
     turns = rotations(spec, (prefix_lengths + written)[:, None, None])
     sizes = caches[0].prompt_v.values.shape[2], caches[0].v.values.shape[2]

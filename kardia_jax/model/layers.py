@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kardia_jax.model.attention import Window
 from kardia_jax.model.linear import Linear
 from kardia_jax.model.rope import RopeSpec
+from kardia_jax.model.sharding import constrain_rows, spread
 from kardia_jax.model.spec import ModelSpec
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -158,7 +159,8 @@ class Attention(nn.Module):
         if spec.traits.qk_norm:
             q, k = norm(spec, "q_norm")(q), norm(spec, "k_norm")(k)
         # Heads before positions: both products of attention are then plain batched matmuls.
-        out, kept = attend(*(jnp.swapaxes(x, -3, -2) for x in (rotate(q, turn), rotate(k, turn), v)))
+        q, k, v = (jnp.swapaxes(x, -3, -2) for x in (rotate(q, turn), rotate(k, turn), v))
+        out, kept = attend(q, spread(k), spread(v))
         out = jnp.swapaxes(out, -3, -2)
         return Linear((spec.width,), inputs=2, name="o")(out.astype(x.dtype)), kept
 
@@ -191,5 +193,6 @@ class Block(nn.Module):
             return norm(spec, f"{name}_post_norm")(out) if spec.traits.post_norms else out
 
         out, kept = Attention(spec, name="attention")(norm(spec, "attention_norm")(x), turn, attend)
-        x = x + added("attention", out)
-        return x + added("mlp", GatedMlp(spec, name="mlp")(norm(spec, "mlp_norm")(x))), kept
+        x = constrain_rows(x + added("attention", out), "D")
+        x = x + added("mlp", GatedMlp(spec, name="mlp")(norm(spec, "mlp_norm")(x)))
+        return constrain_rows(x, "D"), kept

@@ -17,29 +17,38 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kardia_jax.model.attention import Scoring, Window
 from kardia_jax.model.backends import Wanted, completion_attention, prompt_attention
-from kardia_jax.model.head import model_logits, token_logprobs
+from kardia_jax.model.embedding import looked_up
+from kardia_jax.model.head import Slices, model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, norm, rotations, stacked_kinds, turn_of
+from kardia_jax.model.sharding import Column
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How the arithmetic is done; never what is computed."""
+    """How and where the arithmetic is done; never what is computed."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "block", "dots"] = "block"
     """Recomputed in the backward pass: nothing, every block, or everything but products with weights."""
     head_chunk: int = 1024
     """Completion tokens per slice of the LM head."""
+    vocab_chunk: int = 0
+    """Rows of its table per slice; 0: all."""
     unroll: int = 1
     """Blocks per trip of the scan over layers."""
     attention: Wanted = "auto"
     """Who computes attention of prompts and whole completions; see ``backends.py``."""
+    mesh: Mesh | None = None
+    """Where programs run; None: on one device. See ``sharding.py``."""
+    apart: bool = False
+    """The mesh is the sampler's own: parameters lie elsewhere and are sent there."""
 
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up")
@@ -140,7 +149,7 @@ def group_logprobs(
         keep.reshape(-1),
         jnp.asarray(temperature, jnp.float32),
         spec.sampled_tokens,
-        compute.head_chunk,
+        Slices(compute.head_chunk, compute.vocab_chunk),
         spec.final_softcap,
     )
     return logprobs.reshape(shape), entropy.reshape(shape)
@@ -193,9 +202,11 @@ def scoring_of(spec: ModelSpec) -> Scoring:
     return Scoring(spec.score_scale, spec.attention_softcap)
 
 
-def embed(spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute) -> Float[Array, "... D"]:
+def embed(
+    spec: ModelSpec, params: Params, tokens: Int[Array, "..."], compute: Compute, column: Column = "stored"
+) -> Float[Array, "... D"]:
     """Rows of the input table, scaled where the family scales them."""
-    x = params["embed"]["embedding"][tokens].astype(compute.dtype)
+    x = looked_up(params["embed"]["embedding"], tokens, compute.dtype, column)
     return x * jnp.asarray(spec.width**0.5, jnp.float32).astype(compute.dtype) if spec.traits.embed_scaled else x
 
 

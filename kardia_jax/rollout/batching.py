@@ -4,18 +4,21 @@
 decode a stretch of steps, and looks: rows that are done are handed on while the others go on, waiting prompts take
 the seats of groups that have left, rings that are full are doubled, and when no more than half of the rows are left
 they move together. All shapes are powers of two (times what came in), so few programs are compiled.
+
+On a mesh the seats of a device stand together, a group sits on one device from its prompt to its last token, and each
+device has as many seats as the others; those that nobody takes are rows that are done from the start.
 """
 
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
 from kardia_jax.dialogue.pipeline import length_buckets
+from kardia_jax.placement import to_host
 from kardia_jax.rollout.sampler import Drawn, Rows
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.types import Params, Rollouts
@@ -31,6 +34,11 @@ Generate = Callable[..., Rollouts]
 """``roll_out`` after its first two arguments."""
 
 
+def stay(params: Params) -> Params:
+    """The parameters where they are."""
+    return params
+
+
 class Programs(NamedTuple):
     """The functions of ``sampler.py``, compiled for one model; made in ``programs.py``."""
 
@@ -40,6 +48,10 @@ class Programs(NamedTuple):
     decode: Callable[..., Rows]
     grow: Callable[..., Rows]
     keep: Callable[..., Rows]
+    sent: Callable[[Params], Params] = stay
+    """The parameters where sampling happens: on the sampler's own devices if it has any."""
+    shards: int = 1
+    """Devices, or groups of devices, that share the rows out."""
 
 
 class Seats(NamedTuple):
@@ -79,12 +91,14 @@ def roll_out(
     A row's numbers depend on its own key alone. ``stop_ids`` holds every id that ends a completion; the stop token is
     part of the completion. No more than ``rows`` rows are decoded at once, in whole groups and at least one; 0: all.
     """
+    params = programs.sent(params)
     asked = Request(params, prompt_tokens, prompt_lengths, keys, pad_id)
     prompts, group = keys.shape
-    places = min(prompts, max(1, rows // group)) if rows else prompts
+    places = _multiple(min(prompts, max(1, rows // group)) if rows else prompts, programs.shards)
     weights, stops = programs.weights(params), jnp.asarray(stop_ids, jnp.int32)
     columns = min(COLUMNS, length_buckets(max_new_tokens))
-    state = programs.empty(keys[:places], pad_id, size=prompt_tokens.shape[1], columns=columns, budget=max_new_tokens)
+    room = {"prompts": places, "size": prompt_tokens.shape[1], "columns": columns, "budget": max_new_tokens}
+    state = programs.empty(keys[:1], pad_id, **room)
     seats = Seats(np.full(places, -1), np.full((places, group), -1))
     waiting, out, ended = deque(range(prompts)), _blank(keys.shape, max_new_tokens, pad_id), []
     while True:
@@ -101,7 +115,7 @@ def roll_out(
         state = programs.decode(weights, state, controls, stops, pad_id, until, least)
         # The device is at work: time for the host's own.
         _hand_on(ended, out, finished)
-        seats, ended = _collected(jax.device_get(state.drawn), seats, out)
+        seats, ended = _collected(to_host(state.drawn), seats, out)
     _hand_on(ended, out, finished)
     return out
 
@@ -115,20 +129,34 @@ def _blank(shape: tuple[int, ...], budget: int, pad_id: int) -> Rollouts:
 
 def _admitted(programs: Programs, asked: Request, state: Rows, seats: Seats, waiting: deque[int]) -> tuple[Rows, Seats]:
     """Waiting prompts take the seats of groups that have left; ``waiting`` gets shorter."""
-    free = np.flatnonzero(seats.prompts < 0)[: len(waiting)]
+    free = _free(seats, programs.shards, len(waiting))
     if not free.size:
         return state, seats
-    coming = np.array([waiting.popleft() for _ in free])
-    # A round number of prompts: the rest are copies of the first, and their seat is out of the room.
-    extra = min(_power_of_two(free.size), seats.prompts.size) - free.size
-    ids = np.append(coming, coming[:1].repeat(extra))
-    places = np.append(free, np.full(extra, seats.prompts.size))
+    prompts, samples = seats.prompts.copy(), seats.samples.copy()
+    prompts[free], samples[free] = [waiting.popleft() for _ in free], np.arange(samples.shape[1])
+    places = _places(free, seats.prompts.size, programs.shards)
+    # Where there is no seat any prompt will do.
+    ids = np.where(places < prompts.size, prompts[np.minimum(places, prompts.size - 1)], prompts[free[0]])
     state = programs.admit(
         asked.params, state, asked.prompt_tokens[ids], asked.prompt_lengths[ids], asked.keys[ids], places, asked.pad_id
     )
-    prompts, samples = seats.prompts.copy(), seats.samples.copy()
-    prompts[free], samples[free] = coming, np.arange(samples.shape[1])
     return state, Seats(prompts, samples)
+
+
+def _free(seats: Seats, shards: int, wanted: int) -> Int[np.ndarray, " n"]:
+    """At most so many seats that nobody has, the first of every device before the second of any; in order."""
+    free = (seats.prompts < 0).reshape(shards, -1)
+    rank = np.where(free, free.cumsum(1), seats.prompts.size + 1).T
+    turns = np.argsort(rank, axis=None, kind="stable")[: min(wanted, int(free.sum()))]
+    return np.sort(turns % shards * free.shape[1] + turns // shards)
+
+
+def _places(free: Int[np.ndarray, " n"], seats: int, shards: int) -> Int[np.ndarray, " F"]:
+    """A round number of seats for each device: these, and behind them ``seats``, which is out of the room."""
+    each = seats // shards
+    by_device = [free[free // each == device] for device in range(shards)]
+    size = min(_power_of_two(max(map(len, by_device))), each)
+    return np.concatenate([np.append(own, np.full(size - len(own), seats)) for own in by_device])
 
 
 def _compacted(programs: Programs, state: Rows, seats: Seats) -> tuple[Rows, Seats]:
@@ -144,14 +172,18 @@ def _compacted(programs: Programs, state: Rows, seats: Seats) -> tuple[Rows, Sea
     most = int(left.sum(1).max())
     if not most:
         return state, seats
-    groups = np.flatnonzero(left.any(1))
-    prompts, group = min(_power_of_two(groups.size), len(left)), min(_power_of_two(most), left.shape[1])
-    if 2 * prompts * group > left.size:
+    groups = left.any(1).reshape(programs.shards, -1)
+    prompts, group = (
+        min(_power_of_two(int(groups.sum(1).max())), groups.shape[1]),
+        min(_power_of_two(most), left.shape[1]),
+    )
+    if 2 * programs.shards * prompts * group > left.size:
         return state, seats
-    chosen = np.append(groups, groups[:1].repeat(prompts - groups.size))
-    # Rows that are left come first in each group, in their order.
+    # Groups that are left come first on each device, rows that are left first in each group, in their order.
+    own = np.argsort(~groups, axis=1, kind="stable")[:, :prompts]
+    chosen = (own + np.arange(len(groups))[:, None] * groups.shape[1]).reshape(-1)
     members = np.argsort(~left[chosen], axis=1, kind="stable")[:, :group]
-    alive = left[chosen[:, None], members] & (np.arange(prompts) < groups.size)[:, None]
+    alive = left[chosen[:, None], members]
     state = programs.keep(state, chosen, members, alive)
     samples = np.where(alive, seats.samples[chosen[:, None], members], -1)
     return state, Seats(np.where(alive.any(1), seats.prompts[chosen], -1), samples)
@@ -159,7 +191,7 @@ def _compacted(programs: Programs, state: Rows, seats: Seats) -> tuple[Rows, Sea
 
 def _with_room(programs: Programs, state: Rows, seats: Seats) -> tuple[Rows, int]:
     """Rows with room for a token at least, and the step up to which they have it or the next look is due."""
-    step, start = jax.device_get((state.step, state.start))
+    step, start = to_host((state.step, state.start))
     columns = state.caches[0].v.values.shape[2]
     longest = int((step - start[seats.prompts >= 0]).max())
     if longest == columns:
@@ -188,6 +220,10 @@ def _hand_on(ended: list[tuple[int, int]], out: Rollouts, finished: Finished | N
     if finished is not None:
         for at in ended:
             finished(*at, out.tokens[at][: out.lengths[at]])
+
+
+def _multiple(n: int, of: int) -> int:
+    return -(-n // of) * of
 
 
 def _power_of_two(n: int) -> int:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kardia_jax.model.decoding import LayerCache, Storage, decode_step, empty_caches, prefill
+from kardia_jax.model.decoding import LayerCache, Storage, Stored, decode_step, empty_caches, prefill
 from kardia_jax.model.head import sampled_logits
 from kardia_jax.model.policy import Compute, head_table
+from kardia_jax.model.sharding import by_rows, constrain_rows, first_group
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.rollout.sampling import Controls, draw
+from kardia_jax.rollout.sampling import Controls, Draw, draw
 from kardia_jax.types import Params
 
 
@@ -51,25 +52,30 @@ class Rows(NamedTuple):
     caches: list[LayerCache]
 
 
+ROWS = Rows._make(["", "P", "P", "P", "P", "P", "PK"])
+"""Where each of them lies, as letters of ``sharding.py``: N = P x G rows lie as their groups do."""
+
+
 def empty(
     spec: ModelSpec,
     compute: Compute,
     storage: Storage,
-    keys: Key[Array, "P G"],
+    keys: Key[Array, "N G"],
     pad_id: Int[Array, ""],
+    prompts: int,
     size: int,
     columns: int,
     budget: int,
 ) -> Rows:
-    """Nobody seated: room for prompts of ``size`` and ``columns`` tokens of each row. ``keys`` lends its shape."""
-    prompts, group = keys.shape
-    none = jnp.zeros(keys.shape, jnp.int32)
-    nothing = jnp.zeros((*keys.shape, budget))
+    """Nobody seated: room for prompts of ``size`` and ``columns`` tokens of each row. ``keys`` lends its group."""
+    group = keys.shape[1]
+    none = jnp.zeros((prompts, group), jnp.int32)
+    nothing = jnp.zeros((*none.shape, budget))
     drawn = Drawn(none == 0, none == 1, none, jnp.full_like(nothing, pad_id, jnp.int32), nothing, nothing)
     caches = empty_caches(spec, compute, storage, prompts, group, size, columns)
     zeros = jnp.zeros(prompts, jnp.int32)
     # Keys of its own: rows are donated, and the caller's keys must outlive them.
-    own = jnp.broadcast_to(keys[0, 0], keys.shape)
+    own = jnp.broadcast_to(keys[0, 0], none.shape)
     return Rows(jnp.int32(0), zeros, zeros, none, own, drawn, caches)
 
 
@@ -85,25 +91,49 @@ def admit(
     seats: Int[Array, " F"],
     pad_id: Int[Array, ""],
 ) -> Rows:
-    """Runs F prompts once and seats their groups; a seat outside [0, P) is no seat, so that F can be a round number."""
+    """Runs F prompts once and seats their groups; a seat outside [0, P) is no seat, so that F can be a round number.
+
+    On a mesh the prompts that a device runs take seats of that device.
+    """
+    prompt_tokens = constrain_rows(prompt_tokens, "")
     prompts = prefill(spec, compute, storage, params, prompt_tokens)
     last = jnp.take_along_axis(prompt_tokens, prompt_lengths[:, None] - 1, 1)
+    coming = Coming(seats, prompt_lengths - 1, jnp.broadcast_to(last, keys.shape), keys, prompts)
+    return by_rows(_seated, (ROWS, COMING, ""), ROWS)(rows, coming, pad_id)
+
+
+class Coming(NamedTuple):
+    """F groups on their way to a seat."""
+
+    seats: Int[Array, " F"]
+    prefix_lengths: Int[Array, " F"]
+    token: Int[Array, "F G"]
+    keys: Key[Array, "F G"]
+    prompts: list[tuple[Stored, Stored]]
+
+
+COMING = Coming._make("PPPPP")
+"""Where each of them lies, as letters of ``sharding.py``."""
+
+
+def _seated(rows: Rows, coming: Coming, pad_id: Int[Array, ""]) -> Rows:
+    places = coming.seats - first_group(rows.start.shape[0])
 
     def seated(buffer: Array, value: Array) -> Array:
-        return buffer.at[seats].set(value, mode="drop")
+        return buffer.at[places].set(value, mode="drop")
 
     caches = [
         cache._replace(
             prompt_k=jax.tree.map(seated, cache.prompt_k, k), prompt_v=jax.tree.map(seated, cache.prompt_v, v)
         )
-        for cache, (k, v) in zip(rows.caches, prompts, strict=True)
+        for cache, (k, v) in zip(rows.caches, coming.prompts, strict=True)
     ]
     fresh = Drawn(*map(jnp.asarray, (False, False, 0, pad_id, 0.0, 0.0)))
     return rows._replace(
         start=seated(rows.start, rows.step),
-        prefix_lengths=seated(rows.prefix_lengths, prompt_lengths - 1),
-        token=seated(rows.token, jnp.broadcast_to(last, keys.shape)),
-        keys=seated(rows.keys, keys),
+        prefix_lengths=seated(rows.prefix_lengths, coming.prefix_lengths),
+        token=seated(rows.token, coming.token),
+        keys=seated(rows.keys, coming.keys),
         drawn=jax.tree.map(seated, rows.drawn, fresh),
         caches=caches,
     )
@@ -145,11 +175,18 @@ def _record(
     rows: Rows, logits: Float[Array, "P G V"], controls: Controls, stop_ids: Int[Array, " E"], pad_id: Int[Array, ""]
 ) -> Rows:
     """Draws the next token of every row and writes it down where the row is not done."""
-    before, shape = rows.drawn, rows.keys.shape
-    budget = before.tokens.shape[-1]
+    shape = rows.keys.shape
     place = jnp.broadcast_to((rows.step - rows.start)[:, None], shape)
     keys = jax.vmap(jax.random.fold_in)(rows.keys.reshape(-1), place.reshape(-1))
     drawn = jax.tree.map(lambda x: x.reshape(shape), draw(logits.reshape(-1, logits.shape[-1]), keys, controls))
+    token, after = by_rows(_written, ("P", "P", "P", "", ""), "P")(rows.drawn, place, drawn, stop_ids, pad_id)
+    return rows._replace(step=rows.step + 1, token=token, drawn=after)
+
+
+def _written(
+    before: Drawn, place: Int[Array, "P G"], drawn: Draw, stop_ids: Int[Array, " E"], pad_id: Int[Array, ""]
+) -> tuple[Int[Array, "P G"], Drawn]:
+    shape, budget = place.shape, before.tokens.shape[-1]
     token = jnp.where(before.done, pad_id, drawn.token)
     stops = jnp.isin(token, stop_ids) & ~before.done
     # Out of bounds where the row is done already: nothing is written.
@@ -166,7 +203,7 @@ def _record(
         sampler_logprobs=write(before.sampler_logprobs, drawn.sampler_logprob),
         tempered_logprobs=write(before.tempered_logprobs, drawn.tempered_logprob),
     )
-    return rows._replace(step=rows.step + 1, token=token, drawn=after)
+    return token, after
 
 
 def grow(rows: Rows, columns: int) -> Rows:
@@ -185,7 +222,15 @@ def grow(rows: Rows, columns: int) -> Rows:
 
 
 def keep(rows: Rows, seats: Int[Array, " F"], members: Int[Array, "F M"], alive: Bool[Array, "F M"]) -> Rows:
-    """Row (i, j) of the result is row ``members[i, j]`` of group ``seats[i]``; where not ``alive`` it is done."""
+    """Row (i, j) of the result is row ``members[i, j]`` of group ``seats[i]``; where not ``alive`` it is done.
+
+    On a mesh the groups stay on their devices.
+    """
+    return by_rows(_kept, (ROWS, "P", "P", "P"), ROWS)(rows, seats, members, alive)
+
+
+def _kept(rows: Rows, seats: Int[Array, " F"], members: Int[Array, "F M"], alive: Bool[Array, "F M"]) -> Rows:
+    seats = seats - first_group(rows.start.shape[0])
     places = (seats[:, None] * rows.token.shape[1] + members).reshape(-1)
     drawn = jax.tree.map(lambda x: x[seats[:, None], members], rows.drawn)
     caches = [

@@ -4,6 +4,7 @@ All controls are arrays, so changing them compiles nothing. The filters apply in
 (on what top-k left), min-p, as in transformers; tokens that tie with the last one kept are kept too.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,9 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from kardia_jax.config import SamplerConfig
+from kardia_jax.model.sharding import cut, first_row, largest, on_each_device, summed
 
 BLOCK = 128
 """Tokens per block of the two-level draw."""
+
+
+Axes = tuple[str, ...]
+"""Axes of the mesh that share the vocabulary; none on one device."""
 
 
 class Controls(NamedTuple):
@@ -43,28 +49,66 @@ class Draw(NamedTuple):
 
 
 def draw(logits: Float[Array, "N V"], keys: Key[Array, " N"], controls: Controls) -> Draw:
-    """Draws from softmax(logits / temperature) after the filters; temperature 0 takes the most likely token."""
+    """Draws from softmax(logits / temperature) after the filters; temperature 0 takes the most likely token.
+
+    On a mesh each device has part of the vocabulary for its own rows, and of the draw what is gathered is one number
+    for each block. The filters alone need whole rows and gather them.
+    """
+    here = functools.partial(_draw_here, cut("used").vocabulary)
+    return on_each_device(here, ("NV", "N", ""), "N")(logits, keys, controls)
+
+
+def _draw_here(over: Axes, logits: Float[Array, "N V"], keys: Key[Array, " N"], controls: Controls) -> Draw:
     greedy = controls.temperature == 0
     z = logits / jnp.where(greedy, 1.0, controls.temperature)
     filtering = (controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)
     # The sort behind the filters costs more than the rest of the draw: skipped at run time when nothing filters.
-    floor = jax.lax.cond(filtering & ~greedy, filter_floor, _no_floor, z, controls)
+    floor = jax.lax.cond(filtering & ~greedy, functools.partial(_floor, over), _no_floor, z, controls)
     kept = jnp.where(z >= floor[:, None], z, -jnp.inf)
     uniform = jax.vmap(jax.random.uniform)(keys)
     # Finding the most likely token costs as much as the rest of the draw: only where it is asked for.
-    token = jax.lax.cond(greedy, _most_likely, _sampled, kept, uniform)
-    chosen = jnp.take_along_axis(z, token[:, None], 1)[:, 0]
-    sampler_logprob = jnp.where(greedy, 0.0, chosen - jax.nn.logsumexp(kept, -1))
-    return Draw(token, sampler_logprob, chosen - jax.nn.logsumexp(z, -1))
+    most_likely, sampled = functools.partial(_most_likely, over), functools.partial(_sampled, over)
+    token = jax.lax.cond(greedy, most_likely, sampled, kept, uniform)
+    chosen = _taken(over, z, token)
+    sampler_logprob = jnp.where(greedy, 0.0, chosen - _logsumexp(over, kept))
+    return Draw(token, sampler_logprob, chosen - _logsumexp(over, z))
 
 
-def _most_likely(kept: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
+def _most_likely(over: Axes, kept: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
     del uniform
-    return kept.argmax(-1)
+    if not over:
+        return kept.argmax(-1)
+    # The first of those that are equal, as argmax takes.
+    peak, place = kept.max(-1), kept.argmax(-1) + first_row(kept.shape[1], over)
+    return jax.lax.pmin(jnp.where(peak == largest(peak, over), place, jnp.iinfo(jnp.int32).max), over)
 
 
-def _sampled(kept: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
-    return inverse_cdf(jnp.exp(kept - kept.max(-1, keepdims=True)), uniform)
+def _sampled(over: Axes, kept: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
+    return inverse_cdf(jnp.exp(kept - largest(kept.max(-1, keepdims=True), over)), uniform, over)
+
+
+def _floor(over: Axes, z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
+    return filter_floor(jax.lax.all_gather(z, over, axis=1, tiled=True) if over else z, controls)
+
+
+def _taken(over: Axes, x: Float[Array, "N M ..."], place: Int[Array, " N"]) -> Float[Array, "N ..."]:
+    """x at each row's place among all that the devices have, from the one that has it."""
+
+    def at(index: Int[Array, " N"]) -> Array:
+        return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), 1)[:, 0]
+
+    if not over:
+        return at(place)
+    here = place - first_row(x.shape[1], over)
+    mine = (here >= 0) & (here < x.shape[1])
+    return summed(jnp.where(mine.reshape(-1, *[1] * (x.ndim - 2)), at(jnp.clip(here, 0, x.shape[1] - 1)), 0), over)
+
+
+def _logsumexp(over: Axes, z: Float[Array, "N V"]) -> Float[Array, " N"]:
+    if not over:
+        return jax.nn.logsumexp(z, -1)
+    peak = largest(z.max(-1), over)
+    return jnp.log(summed(jnp.exp(z - peak[:, None]).sum(-1), over)) + peak
 
 
 def filter_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
@@ -86,21 +130,25 @@ def _no_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
     return jnp.full(z.shape[:1], -jnp.inf, z.dtype)
 
 
-def inverse_cdf(weights: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
+def inverse_cdf(weights: Float[Array, "N V"], uniform: Float[Array, " N"], over: Axes = ()) -> Int[Array, " N"]:
     """The token at which the running sum of ``weights`` first exceeds uniform * total; its weight is above 0.
 
     One uniform number per row is exact and far cheaper than Gumbel noise over the vocabulary. Two levels - blocks,
-    then inside one block - keep the running sums short, which is both faster and closer to exact.
+    then inside one block - keep the running sums short, which is both faster and closer to exact. Where axes of the
+    mesh share the vocabulary (``over``), each device sums its own blocks; the sums of all are gathered, in the order of
+    the tokens, and then the one block that is wanted.
     """
     rows, size = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -size % BLOCK))).reshape(rows, -1, BLOCK)
-    target = uniform * blocks.sum((1, 2))
-    sums = blocks.sum(-1)
+    own, sums = blocks.shape[1], blocks.sum(-1)
+    sums = jax.lax.all_gather(sums, over, axis=1, tiled=True) if over else sums
+    target = uniform * sums.sum(-1)
     upto = jnp.cumsum(sums, -1)
     block = _first_above(upto, target, sums)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+    inside = _taken(over, blocks, block)
     start = jnp.take_along_axis(upto - sums, block[:, None], 1)[:, 0]
-    return block * BLOCK + _first_above(jnp.cumsum(inside, -1), target - start, inside)
+    first = block // own * size + block % own * BLOCK if over else block * BLOCK
+    return first + _first_above(jnp.cumsum(inside, -1), target - start, inside)
 
 
 def _first_above(

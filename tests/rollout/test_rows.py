@@ -15,7 +15,7 @@ GROUPS, GROUP, SIZE, COLUMNS, BUDGET, PAD = 4, 3, 5, 4, 6, 89
 def marked(spec, storage: Storage = AS_COMPUTED) -> sampler.Rows:
     """Rows whose numbers all differ within an array; everybody is done."""
     keys = jax.random.split(jax.random.key(0), (GROUPS, GROUP))
-    rows = sampler.empty(spec, Compute(), storage, keys, jnp.int32(PAD), SIZE, COLUMNS, BUDGET)
+    rows = sampler.empty(spec, Compute(), storage, keys, jnp.int32(PAD), len(keys), SIZE, COLUMNS, BUDGET)
     counted = jax.tree.map(
         lambda x: x if x.ndim < 1 or x is rows.keys else (jnp.arange(x.size).reshape(x.shape) % 127).astype(x.dtype),
         rows,
