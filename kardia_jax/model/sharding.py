@@ -203,7 +203,7 @@ def _letters(parent: str, leaf: str) -> str:
     return by_leaf.get(leaf, ".")
 
 
-def shardings(tree: Any, mesh: Mesh, column: Column = "stored") -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, column: Column = "stored") -> Any:
     """The sharding of every leaf: parameters and moments by the table, counters on every device."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
