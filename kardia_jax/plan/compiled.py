@@ -51,6 +51,8 @@ class Program(NamedTuple):
     """Those that take no argument's place."""
     temporaries: int
     collectives: list[Collective]
+    turns: float = 1.0
+    """Of its own loop in a call: the tokens of a completion, where it decodes."""
     kernels: int = 0
     """Pallas kernels that are called."""
     refused: str = ""
@@ -60,6 +62,11 @@ class Program(NamedTuple):
     def sent(self) -> float:
         """Bytes that a device sends in a step."""
         return self.times * sum(one.sent for one in self.collectives)
+
+    @property
+    def gathered(self) -> float:
+        """Bytes of what all-gathers bring together on a device in one turn."""
+        return sum(one.bytes * one.times for one in self.collectives if one.kind == "all-gather") / self.turns
 
 
 def programs(spec: ModelSpec, config: Config, compute: Compute, given: Arguments, shape: Shape) -> Iterator[Program]:
@@ -125,7 +132,7 @@ def _ids(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _compiled(name: str, phase: str, times: float, lowered: Any, trips: float = 1.0) -> Program:
+def _compiled(name: str, phase: str, times: float, lowered: Any, turns: float = 1.0) -> Program:
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -143,6 +150,7 @@ def _compiled(name: str, phase: str, times: float, lowered: Any, trips: float = 
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        collectives(text, trips),
+        collectives(text, turns),
+        turns,
         text.count('custom_call_target="tpu_custom_call"'),
     )

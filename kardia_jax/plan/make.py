@@ -21,7 +21,7 @@ from kardia_jax.plan.advice import advice, usable
 from kardia_jax.plan.compiled import Program, programs
 from kardia_jax.plan.estimate import limits, phases
 from kardia_jax.plan.hlo import sent_by_kind
-from kardia_jax.plan.memory import Memory, memory, shape_of
+from kardia_jax.plan.memory import Memory, abstract_mesh, bytes_on_device, memory, shape_of
 from kardia_jax.policies import check_positions
 from kardia_jax.programs import compute_for
 
@@ -38,7 +38,8 @@ def make_plan(config: Config, devices: int, chip: str | None, topology: str | No
     check_positions(spec, config.data.max_prompt_tokens, grpo.sampler.max_new_tokens, "grpo.sampler")
     compute = compute_of(config, mesh, topology)
     shape = shape_of(config, sizes[0] * sizes[1])
-    made = list(programs(spec, config, compute, arguments(spec, config, compute), shape))
+    given = arguments(spec, config, compute)
+    made, weights = list(programs(spec, config, compute, given, shape)), given.weights
     held = [one for one in chips.CHIPS if chip in (None, one.name)]
     if topology is not None:
         held = [chips.check_topology(topology)]
@@ -50,6 +51,7 @@ def make_plan(config: Config, devices: int, chip: str | None, topology: str | No
         "compute_type": compute.dtype,
         "programs": [of_program(program) for program in made],
         "collective_bytes": collective_bytes(made),
+        "parameter_gathers": parameter_gathers(made, bytes_on_device(weights, abstract_mesh(sizes), "used")),
         "chips": [on_chip(spec, config, compute, sizes, made, one, topology is not None) for one in held],
     }
 
@@ -104,6 +106,20 @@ def collective_bytes(made: list[Program]) -> dict[str, int]:
     return {kind: round(sent) for kind, sent in sorted(totals.items(), key=lambda item: -item[1])}
 
 
+def parameter_gathers(made: list[Program], copy: int) -> dict[str, dict[str, float]]:
+    """Programs of the sampler that gather parameters, by name: bytes on a device, and how often in a step.
+
+    They do where a turn's all-gathers bring together half of the sampler's copy of the weights (``copy``, bytes on a
+    device) or more.
+    """
+    sampling = [program for program in made if program.phase in ("prefill", "decode")]
+    return {
+        one.name: {"bytes": round(one.gathered), "times": one.times * one.turns}
+        for one in sampling
+        if one.gathered >= copy / 2
+    }
+
+
 def on_chip(
     spec: ModelSpec, config: Config, compute: Compute, sizes: Sizes, made: list[Program], chip: Chip, exact: bool
 ) -> dict[str, Any]:
@@ -113,7 +129,8 @@ def on_chip(
     """
     fused = attention_of(spec, config, compute, chip) != "xla"
     held = memory(spec, config, compute, sizes, fused)
-    compiled = max(peak_of(program, held) for program in made)
+    peaks = {program.name: peak_of(program, held) for program in made}
+    compiled = max(peaks.values())
     refused = any(program.refused for program in made)
     fits = (not refused and compiled <= usable(chip)) if exact else held.peak <= usable(chip)
     sent: dict[str, float] = defaultdict(float)
@@ -132,6 +149,7 @@ def on_chip(
         "usable_bytes": usable(chip),
         "bytes": held._asdict(),
         "peak_bytes": {"sample": held.sample_peak, "update": held.update_peak, "compiled": compiled},
+        "program_peak_bytes": peaks,
         "flops": {phase.name: phase.flops for phase in done},
         "seconds": {name: time.seconds for name, time in times.items()},
         "bound": {name: time.bound for name, time in times.items()},

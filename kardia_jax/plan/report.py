@@ -31,8 +31,8 @@ def text(found: dict[str, Any]) -> str:
 
 
 def gib(count: float) -> str:
-    """Like ``1.77``, with two digits of what is small."""
-    return f"{count / GIB:.2f}" if count >= GIB / 10 else f"{count / GIB:.2g}"
+    """Like ``1.77``; ``<0.01`` for what is hardly there."""
+    return f"{count / GIB:.2f}" if not count or count >= GIB / 100 else "<0.01"
 
 
 def _bytes(found: dict[str, Any]) -> str:
@@ -52,6 +52,8 @@ def _bytes(found: dict[str, Any]) -> str:
 
 
 def _programs(found: dict[str, Any]) -> str:
+    """As XLA counts them; a peak has what is there all the time and belongs to the phase, and is a CPU's on a CPU."""
+    exact, peaks = found["compiled_for"] != "cpu", found["chips"][0]["program_peak_bytes"]
     rows = [
         [
             one["name"],
@@ -59,12 +61,14 @@ def _programs(found: dict[str, Any]) -> str:
             gib(one["argument_bytes"]),
             gib(one["result_bytes"]),
             gib(one["temporary_bytes"]),
+            *([gib(peaks[one["name"]])] if exact else []),
             ", ".join(f"{kind} {gib(sent)}" for kind, sent in one["sent_bytes"].items()) or "nothing",
             f"{one['compile_seconds']:.0f} s",
         ]
         for one in found["programs"]
     ]
-    head = ["program", "calls", "arguments", "new results", "temporaries", "sends in a call", "compiled in"]
+    head = ["program", "calls", "arguments", "new results", "temporaries", *(["peak"] if exact else [])]
+    head += ["sends in a call", "compiled in"]
     said = [f"{one['name']} does not fit: {one['refused']}" for one in found["programs"] if one["refused"]]
     totals = ", ".join(f"{kind} {gib(sent)}" for kind, sent in found["collective_bytes"].items()) or "nothing"
     title = f"Programs compiled for {found['compiled_for']}, GiB per device:"
@@ -72,15 +76,17 @@ def _programs(found: dict[str, Any]) -> str:
 
 
 def _gathered(found: dict[str, Any]) -> list[str]:
-    """The one place where parameters are gathered whole."""
-    fsdp = found["mesh"]["fsdp"]
-    if fsdp == 1:
+    """Said aloud: what of the parameters sampling brings together on every device."""
+    fsdp, gathers = found["mesh"]["fsdp"], found["parameter_gathers"]
+    if fsdp == 1 and not gathers:
         return []
-    copy = found["chips"][0]["bytes"]["sampler_weights"]
-    return [
-        f"The sampler's copy of the weights is gathered over fsdp ({fsdp} devices) once a step, {gib(copy)} GiB on "
-        "each device; decoding then gathers none."
+    lines = [
+        f"{name} gathers the parameters over fsdp ({fsdp} devices): {gib(one['bytes'])} GiB on each device, "
+        f"{one['times']:g} times a step."
+        for name, one in gathers.items()
     ]
+    decoding = [] if "decode" in gathers else ["Decoding gathers none: it reads the copy that `weights` has made."]
+    return ["\n".join(["Full parameters in the sampler:", *lines, *decoding])]
 
 
 def _chips(found: dict[str, Any]) -> str:

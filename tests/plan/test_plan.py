@@ -60,7 +60,27 @@ def test_the_weights_are_gathered_over_fsdp_once_and_the_report_says_so(found):
     copy = found["chips"][0]["bytes"]["sampler_weights"]
     assert set(weights["sent_bytes"]) == {"all-gather"}
     assert weights["sent_bytes"]["all-gather"] == pytest.approx(2 * copy / 2, rel=0.01)
-    assert "gathered over fsdp (2 devices) once a step" in report.text(found)
+    said = report.text(found)
+    assert "weights gathers the parameters over fsdp (2 devices)" in said
+    assert "Decoding gathers none" in said
+    # Prefill gathers each layer's kernels as it comes to it; tables are not gathered for a lookup.
+    assert set(found["parameter_gathers"]) <= {"weights", "admit"}
+    assert found["parameter_gathers"]["weights"]["times"] == 1
+
+
+def test_decoding_that_gathers_parameters_is_said_aloud(found):
+    from kardia_jax.plan.compiled import Program
+    from kardia_jax.plan.hlo import Collective
+    from kardia_jax.plan.make import parameter_gathers
+
+    every_token = [Collective("all-gather", 600, 2, 32.0), Collective("all-reduce", 10**6, 2, 32.0)]
+    decode = Program("decode", "decode", 2, 0.0, 0, 0, 0, every_token, turns=32)
+    update = decode._replace(name="update", phase="update")
+    assert parameter_gathers([decode, update], 1000) == {"decode": {"bytes": 600, "times": 64}}
+    assert parameter_gathers([decode], 2000) == {}, "small arrays are not the parameters"
+    said = report.text(found | {"parameter_gathers": parameter_gathers([decode], 1000)})
+    assert "decode gathers the parameters over fsdp (2 devices): <0.01 GiB on each device, 64 times a step" in said
+    assert "Decoding gathers none" not in said
 
 
 def test_the_report_names_every_chip_and_its_assumptions(found):
