@@ -1,6 +1,7 @@
 """No backend rots unseen: the programs compile for a real TPU slice and lower for CUDA, on any machine."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ def config_of(name: str) -> Config:
     return Config(data=DataConfig(max_prompt_tokens=64), model=model, mesh=MESHES[name], grpo=grpo)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, which the extra `test` brings: it compiles for TPUs",
+)
 @pytest.mark.parametrize("name", list(MESHES))
 def test_the_three_programs_compile_for_a_real_tpu_slice_with_its_attention(name):
     found = run.plan(config_of(name), None, None, "v5e:2x4")
