@@ -14,6 +14,8 @@ import tempfile
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["chat_server"]
+
 # No time limit for an example: its first one compiles, and a busy machine takes long over any.
 settings.register_profile("kardia", deadline=None)
 settings.load_profile("kardia")

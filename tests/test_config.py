@@ -79,6 +79,8 @@ REFUSED = [
     (RewardConfig, {"emotion": -1.0}, "rewards.emotion", "0 or more", "-1.0"),
     (RewardConfig, {"format": 0, "emotion": 0, "rubric": 0}, "rewards", "one weight above 0", "'rubric': 0"),
     (JudgeConfig, {"max_failure_share": 1.5}, "judge.max_failure_share", "a share in [0, 1]", "1.5"),
+    (LocalJudgeConfig, {"max_tokens_per_batch": 32}, "judge.local.max_tokens_per_batch", "at least 64", "32"),
+    (LocalJudgeConfig, {"min_mass": 1.5}, "judge.local.min_mass", "a share in [0, 1]", "1.5"),
     (JudgeConfig, {"min_valid": 0}, "judge.min_valid", "at least 1", "0"),
     (OptimizerConfig, {"learning_rate": -1.0}, "optimizer.learning_rate", "0 or more", "-1.0"),
     (OptimizerConfig, {"warmup_share": 1.5}, "optimizer.warmup_share", "a share in [0, 1]", "1.5"),
