@@ -87,7 +87,7 @@ def make_mesh(config: MeshConfig) -> Mesh | None:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)) if max(sizes) > 1 else None
 
 
-def check_mesh(spec: ModelSpec, mesh: Mesh | None) -> None:
+def check_mesh(spec: ModelSpec, mesh: Mesh | AbstractMesh | None) -> None:
     """Raises ConfigError for a model that this mesh does not divide."""
     if mesh is None:
         return
@@ -103,7 +103,7 @@ def check_mesh(spec: ModelSpec, mesh: Mesh | None) -> None:
         raise ConfigError(f"mesh.{'*'.join(TABLE['K'].moving)}", wanted, parts, f"{came} is no whole number.")
 
 
-def check_rows(rows: int, what: str, mesh: Mesh | None, micro_batches: int = 1) -> None:
+def check_rows(rows: int, what: str, mesh: Mesh | AbstractMesh | None, micro_batches: int = 1) -> None:
     """Raises ConfigError for a batch whose micro-batches the mesh does not divide; ``what`` names it: grpo.prompts."""
     if mesh is None:
         return
@@ -114,7 +114,7 @@ def check_rows(rows: int, what: str, mesh: Mesh | None, micro_batches: int = 1) 
     require(rows % parts == 0, what, f"a multiple of {parts} ({sum_up})", rows, fix)
 
 
-def _require_divisor(mesh: Mesh, axes: tuple[str, ...], what: str, length: int, parts: int) -> None:
+def _require_divisor(mesh: Mesh | AbstractMesh, axes: tuple[str, ...], what: str, length: int, parts: int) -> None:
     fix = f"{length} / {parts} = {length / parts:g} is no whole number."
     names = "*".join(axes)
     require(length % parts == 0, f"mesh.{names}", f"a divisor of the model's {what}", parts, fix)

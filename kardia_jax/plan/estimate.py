@@ -16,7 +16,7 @@ from kardia_jax.bench.work import Lengths
 from kardia_jax.chips import Chip
 from kardia_jax.config import Config
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.plan.memory import Memory
+from kardia_jax.plan.memory import Memory, Sizes
 
 EFFICIENCY = {"flops": 0.4, "memory": 0.7, "interconnect": 0.7}
 """Shares of the ceilings that programs of this kind are taken to reach: assumptions, not measurements."""
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
 
 
 def phases(
-    spec: ModelSpec, config: Config, held: Memory, element: int, sizes: tuple[int, int, int], sent: Mapping[str, float]
+    spec: ModelSpec, config: Config, held: Memory, element: int, sizes: Sizes, sent: Mapping[str, float]
 ) -> list[Phase]:
     """The phases of one GRPO step at full lengths; ``sent`` has the bytes that a device sends, by phase.
 

@@ -21,11 +21,9 @@ from kardia_jax.plan.advice import advice, usable
 from kardia_jax.plan.compiled import Program, programs
 from kardia_jax.plan.estimate import limits, phases
 from kardia_jax.plan.hlo import sent_by_kind
-from kardia_jax.plan.memory import Memory, abstract_mesh, bytes_on_device, memory, shape_of
+from kardia_jax.plan.memory import Memory, Sizes, abstract_mesh, bytes_on_device, memory, shape_of
 from kardia_jax.policies import check_positions
 from kardia_jax.programs import compute_for
-
-Sizes = tuple[int, int, int]
 
 
 def make_plan(config: Config, devices: int, chip: str | None, topology: str | None) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from kardia_jax.types import NOTHING, Params
 
 MASTER = 4
 """Bytes of a float32."""
+Sizes = tuple[int, int, int]
+"""Of a mesh: data, fsdp, tensor."""
 
 
 class Memory(NamedTuple):
@@ -134,6 +136,7 @@ class Trees(NamedTuple):
         return jax.eval_shape(functools.partial(joined, lora), self.frozen, self.params)
 
 
+@functools.lru_cache(maxsize=8)
 def trees(spec: ModelSpec, config: Config, dtype: str) -> Trees:
     """Parameters, optimizer state and the sampler's copy of this config."""
     lora, sampling = config.model.lora, config.grpo.sampler
@@ -155,12 +158,12 @@ def bytes_on_device(tree: Any, mesh: AbstractMesh, column: Column = "stored") ->
     return sum(math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, where in placed)
 
 
-def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
+def abstract_mesh(sizes: Sizes) -> AbstractMesh:
     """The mesh of these sizes (data, fsdp, tensor) without devices."""
     return AbstractMesh(sizes, AXES)
 
 
-def memory(spec: ModelSpec, config: Config, compute: Compute, sizes: tuple[int, int, int], fused: bool) -> Memory:
+def memory(spec: ModelSpec, config: Config, compute: Compute, sizes: Sizes, fused: bool) -> Memory:
     """Bytes per device of a GRPO run; ``fused`` where attention is a kernel that stores no scores."""
     data, fsdp, tensor = sizes
     mesh, grpo, lora = abstract_mesh(sizes), config.grpo, config.model.lora
@@ -186,7 +189,7 @@ def memory(spec: ModelSpec, config: Config, compute: Compute, sizes: tuple[int, 
     )
 
 
-def kv_bytes(spec: ModelSpec, config: Config, shape: Shape, element: int, sizes: tuple[int, int, int]) -> int:
+def kv_bytes(spec: ModelSpec, config: Config, shape: Shape, element: int, sizes: Sizes) -> int:
     """Prompts once per group, and each completion's ring. Of kv heads that are fewer than ``tensor`` each device keeps
     one."""
     data, fsdp, tensor = sizes
@@ -223,9 +226,7 @@ def gathered_bytes(spec: ModelSpec, element: int, tensor: int) -> int:
     return (attention + 3 * spec.width * spec.mlp_width) * element // tensor
 
 
-def prefill_bytes(
-    spec: ModelSpec, compute: Compute, shape: Shape, element: int, sizes: tuple[int, int, int], fused: bool
-) -> int:
+def prefill_bytes(spec: ModelSpec, compute: Compute, shape: Shape, element: int, sizes: Sizes, fused: bool) -> int:
     """The prompts of one admission: keys and values of all layers before they are seated, and one layer at work."""
     data, fsdp, tensor = sizes
     groups = -(-shape.seated // (data * fsdp))
@@ -235,9 +236,7 @@ def prefill_bytes(
     return kept + sum(layer_bytes(spec, tokens, element, tensor)) + scores + gathered_bytes(spec, element, tensor)
 
 
-def activation_bytes(
-    spec: ModelSpec, compute: Compute, shape: Shape, element: int, sizes: tuple[int, int, int], fused: bool
-) -> int:
+def activation_bytes(spec: ModelSpec, compute: Compute, shape: Shape, element: int, sizes: Sizes, fused: bool) -> int:
     """What a micro-batch's gradient needs beside parameters and gradients, on one device."""
     data, fsdp, tensor = sizes
     groups = -(-shape.micro // (data * fsdp))

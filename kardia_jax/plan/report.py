@@ -25,7 +25,8 @@ def text(found: dict[str, Any]) -> str:
     """Everything that a person would ask of a plan."""
     model, mesh = found["model"], found["mesh"]
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.items())
-    head = f"{model['source']}, {model['parameters'] / 1e9:.2f}e9 parameters, on {found['devices']} devices: {sizes}"
+    devices = "one device" if found["devices"] == 1 else f"{found['devices']} devices: {sizes}"
+    head = f"{model['source']}, {model['parameters'] / 1e9:.2f}e9 parameters, on {devices}"
     parts = [head, _bytes(found), _programs(found), *_gathered(found), _chips(found), *_advice(found), _notes(found)]
     return "\n\n".join(parts)
 
