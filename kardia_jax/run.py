@@ -182,12 +182,15 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
 
 def comparable(config: Config) -> dict[str, Any]:
     """What must not change between a run and its resumption: everything but bookkeeping, evaluation, the mesh, on
-    which no result depends, and how the judge is reached, since a run that stopped for its judge goes on with a repaired one."""
+    which no result depends, and how the judge is reached, since a run that stopped for its judge goes on with a
+    repaired one."""
     tree = json.loads(to_json(config))
     for path in NOT_THE_VERDICT:
         *parents, last = path.split(".")
         functools.reduce(dict.__getitem__, parents, tree["judge"]).pop(last)
-    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh")} | {"seed": config.run.seed}
+    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh")} | {
+        "seed": config.run.seed
+    }
 
 
 def check_progress(state: TrainState, allowed: int, where: str) -> None:

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from kardia_jax.chips import GIB, Chip
 from kardia_jax.config import Config, ConfigError, GrpoConfig, OptimizerConfig, SamplerConfig
-from kardia_jax.config.mesh import AXES
+from kardia_jax.config.mesh import AXES, Sizes
 from kardia_jax.model.policy import Compute
 from kardia_jax.model.sharding import check_mesh, check_rows
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.plan.memory import Sizes, abstract_mesh, memory
+from kardia_jax.plan.memory import abstract_mesh, memory
 
 USABLE = 0.94
 """Share of a chip's memory that programs get; the rest is the runtime's, and lost between buffers. An assumption."""

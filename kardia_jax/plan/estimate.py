@@ -15,8 +15,9 @@ from kardia_jax.bench import work
 from kardia_jax.bench.work import Lengths
 from kardia_jax.chips import Chip
 from kardia_jax.config import Config
+from kardia_jax.config.mesh import Sizes
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.plan.memory import Memory, Sizes
+from kardia_jax.plan.memory import Memory
 
 EFFICIENCY = {"flops": 0.4, "memory": 0.7, "interconnect": 0.7}
 """Shares of the ceilings that programs of this kind are taken to reach: assumptions, not measurements."""

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from kardia_jax import chips
 from kardia_jax.chips import Chip
 from kardia_jax.config import Config
-from kardia_jax.config.mesh import AXES
+from kardia_jax.config.mesh import AXES, Sizes
 from kardia_jax.model.backends import Layer, Machine, chosen
 from kardia_jax.model.policy import Compute
 from kardia_jax.model.sharding import check_mesh, check_rows
@@ -21,7 +21,7 @@ from kardia_jax.plan.advice import advice, usable
 from kardia_jax.plan.compiled import Program, programs
 from kardia_jax.plan.estimate import limits, phases
 from kardia_jax.plan.hlo import sent_by_kind
-from kardia_jax.plan.memory import Memory, Sizes, abstract_mesh, bytes_on_device, memory, shape_of
+from kardia_jax.plan.memory import Memory, abstract_mesh, bytes_on_device, memory, shape_of
 from kardia_jax.policies import check_positions
 from kardia_jax.programs import compute_for
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from kardia_jax.config import Config, GrpoConfig, LoraConfig
-from kardia_jax.config.mesh import AXES
+from kardia_jax.config.mesh import AXES, Sizes
 from kardia_jax.dialogue.pipeline import length_buckets
 from kardia_jax.grpo.optimizer import make_optimizer
 from kardia_jax.model.decoding import Storage, decoding_weights
@@ -31,8 +31,6 @@ from kardia_jax.types import NOTHING, Params
 
 MASTER = 4
 """Bytes of a float32."""
-Sizes = tuple[int, int, int]
-"""Of a mesh: data, fsdp, tensor."""
 
 
 class Memory(NamedTuple):

@@ -32,6 +32,9 @@ def plan(config: Config, devices: int | None, chip: str | None, topology: str | 
     Raises ConfigError for a mesh that does not divide devices, model or batch, for an unknown chip or slice, and for a
     slice without libtpu.
     """
+    if config.mesh.sampler.devices:
+        fix = "Plan the two apart, each as the mesh: the learner's devices, then the sampler's."
+        raise ConfigError("mesh.sampler", "no devices of its own in a plan", config.mesh.sampler.sizes, fix)
     named = None if chip is None else chips.chip(chip)
     of = None if topology is None else chips.check_topology(topology)
     if of is not None and importlib.util.find_spec("libtpu") is None:

@@ -34,6 +34,11 @@ Generate = Callable[..., Rollouts]
 """``roll_out`` after its first two arguments."""
 
 
+def stay(params: Params) -> Params:
+    """The parameters where they are."""
+    return params
+
+
 class Programs(NamedTuple):
     """The functions of ``sampler.py``, compiled for one model; made in ``programs.py``."""
 
@@ -43,6 +48,8 @@ class Programs(NamedTuple):
     decode: Callable[..., Rows]
     grow: Callable[..., Rows]
     keep: Callable[..., Rows]
+    sent: Callable[[Params], Params] = stay
+    """The parameters where sampling happens: on the sampler's own devices if it has any."""
     shards: int = 1
     """Devices, or groups of devices, that share the rows out."""
 
@@ -84,6 +91,7 @@ def roll_out(
     A row's numbers depend on its own key alone. ``stop_ids`` holds every id that ends a completion; the stop token is
     part of the completion. No more than ``rows`` rows are decoded at once, in whole groups and at least one; 0: all.
     """
+    params = programs.sent(params)
     asked = Request(params, prompt_tokens, prompt_lengths, keys, pad_id)
     prompts, group = keys.shape
     places = _multiple(min(prompts, max(1, rows // group)) if rows else prompts, programs.shards)

@@ -6,7 +6,16 @@ import json
 import pytest
 
 from kardia_jax import chips, cli
-from kardia_jax.config import Config, ConfigError, DataConfig, GrpoConfig, MeshConfig, ModelConfig, SamplerConfig
+from kardia_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    GrpoConfig,
+    MeshConfig,
+    ModelConfig,
+    SamplerConfig,
+    SamplerMeshConfig,
+)
 from kardia_jax.plan import report, run
 from kardia_jax.plan.hlo import KINDS
 from kardia_jax.plan.run import PlanError, devices_of
@@ -119,7 +128,8 @@ def test_what_does_not_fit_says_which_knob_would_help(monkeypatch, found):
 @pytest.mark.parametrize(
     ("fields", "asked", "said"),
     [
-        ({"mesh": MeshConfig(fsdp=3)}, {"devices": 8}, "data x fsdp x tensor = the number of devices, 8"),
+        ({"mesh": MeshConfig(fsdp=3)}, {"devices": 8}, "data x fsdp x tensor = the number of devices"),
+        ({"mesh": MeshConfig(fsdp=4, sampler=SamplerMeshConfig(data=4))}, {}, "Plan the two apart"),
         ({"mesh": MeshConfig(fsdp=-1)}, {}, "Add --devices N"),
         ({}, {"devices": 4, "topology": "v5e:2x4"}, "8, the chips of v5e:2x4"),
         ({}, {"chip": "h1000"}, "one of v5e, v5p, v6e, a100-40"),
