@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from kardia_jax.grpo.optimizer import make_optimizer
 from kardia_jax.grpo.update import grpo_objective
 from kardia_jax.model.backends import Machine
 from kardia_jax.model.decoding import AS_COMPUTED
+from kardia_jax.model.sharding import on_mesh
 from kardia_jax.plan import run
 from kardia_jax.plan.abstract import arguments, batch_of, seats, spec_of
+from kardia_jax.plan.make import mesh_of
 from kardia_jax.plan.memory import shape_of
 from kardia_jax.programs import compute_for, make_compiled_update, make_score, sampler_programs
 from kardia_jax.rollout.sampling import Controls
@@ -48,25 +51,28 @@ def test_the_three_programs_compile_for_a_real_tpu_slice_with_its_attention(name
     assert chip["peak_bytes"]["compiled"] > update["argument_bytes"]
 
 
-@pytest.mark.parametrize("name", list(MESHES))
-def test_the_three_programs_lower_for_cuda_with_its_attention(name):
-    config = dataclasses.replace(config_of(name), mesh=MeshConfig())
-    spec, grpo = spec_of(config.model), config.grpo
-    compute = compute_for(config.model, None, Machine("gpu", (9, 0)))
-    given, shape = arguments(spec, config, compute), shape_of(config, 1)
+@pytest.mark.parametrize(("name", "meshed"), [("tiny-qwen3", False), ("tiny-gemma", False), ("tiny-qwen3", True)])
+def test_the_three_programs_lower_for_cuda_with_its_attention(name, meshed):
+    config = config_of(name) if meshed else dataclasses.replace(config_of(name), mesh=MeshConfig())
+    spec, grpo, sizes = spec_of(config.model), config.grpo, config.mesh.sizes(8 if meshed else 1)
+    compute = compute_for(config.model, mesh_of(sizes, None), Machine("gpu", (9, 0)))
+    given, shape = arguments(spec, config, compute), shape_of(config, sizes[0] * sizes[1])
     made = sampler_programs(spec, compute, AS_COMPUTED)
     rows = seats(spec, compute, AS_COMPUTED, shape, 32)
     zero, lengths = jnp.int32(0), jax.ShapeDtypeStruct((8,), jnp.int32)
     tokens, stops = jax.ShapeDtypeStruct((8, shape.prompt), jnp.int32), jnp.zeros(1, jnp.int32)
     batch = batch_of(grpo, 64, 8, compute, several=False)
     objective, optimizer = grpo_objective(make_loss(grpo.loss, 32)), make_optimizer(grpo.optimizer, 1)
-    update = make_compiled_update(spec, compute, objective, optimizer, 1.0, 1)
+    score: Any = make_score(spec, compute)
+    update: Any = make_compiled_update(spec, compute, objective, optimizer, 1.0, 1)
+    step = jax.jit(on_mesh(compute.mesh, update.step.function)) if meshed else update.step
     controls = Controls.from_config(grpo.sampler)
+    unscored = batch._replace(ref_logprobs=None)
     traced = {
         "admit": made.admit.trace(given.full, rows, tokens, lengths, rows.keys, lengths, zero),
         "decode": made.decode.trace(given.weights, rows, controls, stops, zero, zero, zero),
-        "score": make_score(spec, compute).trace(given.full, batch._replace(ref_logprobs=None), jnp.float32(1)),
-        "update": update.step.trace(given.state, batch, {}),
+        "score": (score.program if meshed else score).trace(given.full, unscored, jnp.float32(1)),
+        "update": step.trace(given.state, batch, {}),
     }
     text = {key: one.lower(lowering_platforms=("cuda",)).as_text() for key, one in traced.items()}
     for program in ("admit", "score", "update"):
