@@ -4,9 +4,10 @@
 its arguments, its results and what it needs between them, on one device.
 """
 
+import functools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from kardia_jax.model.policy import Compute
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.plan.abstract import Arguments, batch_of, placed, seats
 from kardia_jax.plan.hlo import Collective, collectives
-from kardia_jax.plan.memory import Shape
+from kardia_jax.plan.memory import MASTER, Shape
 from kardia_jax.programs import (
     UpdateByTokens,
     WholeUpdate,
@@ -87,7 +88,14 @@ def sampling(spec: ModelSpec, config: Config, compute: Compute, given: Arguments
     yield _compiled("admit", "prefill", calls, admitted)
     controls, zero = Controls.from_config(settings), jnp.int32(0)
     decoded = made.decode.lower(given.weights, rows, controls, jnp.zeros(STOPS, jnp.int32), zero, zero, zero)
-    yield _compiled("decode", "decode", calls, decoded, settings.max_new_tokens)
+    filters = settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0
+    branch = max if filters else functools.partial(unfiltered, spec.vocab_size * MASTER)
+    yield _compiled("decode", "decode", calls, decoded, settings.max_new_tokens, branch)
+
+
+def unfiltered(row: int, branches: list[Any], **how: Any) -> Any:
+    """``max`` of the branches without those that gather whole rows of logits (``row`` bytes each), to filter them."""
+    return max((found for found in branches if all(one.bytes < row for _, one in found)), **how)
 
 
 def learning(spec: ModelSpec, config: Config, compute: Compute, given: Arguments, shape: Shape) -> Iterator[Program]:
@@ -132,7 +140,9 @@ def _ids(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _compiled(name: str, phase: str, times: float, lowered: Any, turns: float = 1.0) -> Program:
+def _compiled(
+    name: str, phase: str, times: float, lowered: Any, turns: float = 1.0, branch: Callable[..., Any] = max
+) -> Program:
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -150,7 +160,7 @@ def _compiled(name: str, phase: str, times: float, lowered: Any, turns: float = 
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        collectives(text, turns),
+        collectives(text, turns, branch),
         turns,
         text.count('custom_call_target="tpu_custom_call"'),
     )

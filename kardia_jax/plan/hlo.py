@@ -10,15 +10,16 @@ is an all-reduce of 2,048 bytes among 4 devices, 5 times. A device of a ring of 
     collective-permute                        what it holds
 
 where the whole is the result of an all-gather and the operand of a reduce-scatter. Of a conditional the branch that
-sends most counts. Where the text does not say how often a loop turns (a ``while_loop`` of its program's own), the
-caller says it.
+sends most counts, or as the caller says. Where the text does not say how often a loop turns (a ``while_loop`` of its
+program's own), the caller says it. A TPU spreads one collective over several fusions, which it computes beside: each
+has the instruction, with the same ``channel_id``, and it counts once.
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -64,11 +65,19 @@ class Instruction(NamedTuple):
 Computations = dict[str, list[Instruction]]
 
 
-def collectives(text: str, unknown_trips: float = 1.0) -> list[Collective]:
+class Program(NamedTuple):
+    """A parsed program, and how it is read."""
+
+    computations: Computations
+    unknown_trips: float
+    branch: Callable[..., Any]
+
+
+def collectives(text: str, unknown_trips: float = 1.0, branch: Callable[..., Any] = max) -> list[Collective]:
     """Every collective of the program's entry and of what it calls; a loop of unknown length turns ``unknown_trips``
-    times."""
+    times, and of a conditional the branch counts that sends most (``max``) or least (``min``)."""
     computations, entry = parse(text)
-    return list(_of(entry, 1.0, computations, unknown_trips))
+    return [found for _, found in _of(entry, 1.0, Program(computations, unknown_trips, branch))]
 
 
 def sent_by_kind(found: list[Collective]) -> dict[str, float]:
@@ -122,29 +131,46 @@ def group_size(attributes: str) -> int:
     return len(listed[1].split(",")) if listed else 1
 
 
-def _of(name: str, times: float, computations: Computations, unknown: float) -> Iterator[Collective]:
+def _of(name: str, times: float, program: Program) -> Iterator[tuple[str, Collective]]:
+    """(channel, collective) of a computation and all that it calls."""
     # A fusion of this name is a reduce-scatter that is written as an all-reduce of which one part is kept.
     scatters = name.startswith("all-reduce-scatter")
-    inside = computations.get(name, [])
+    inside, seen = program.computations.get(name, []), set[str]()
     for one in inside:
         kind = one.op.removesuffix("-start")
         if kind in KINDS:
             devices = group_size(one.attributes) if kind != "collective-permute" else 2
             found = Collective(kind, _whole(one, kind, devices), devices, times)
-            yield found._replace(kind="reduce-scatter") if scatters and kind == "all-reduce" else found
-            continue
-        called = _called(one)
-        if one.op == "while":
-            turns = trip_count(one, inside, computations)
-            yield from _of(called["body"][0], times * (unknown if turns is None else turns), computations, unknown)
-        elif one.op == "conditional":
-            branches = [
-                list(_of(branch, times, computations, unknown)) for names in called.values() for branch in names
-            ]
-            yield from max(branches, key=lambda found: sum(one.sent for one in found), default=[])
-        elif one.op in ("call", "fusion", "async-start", "custom-call"):
-            for callee in called.get("calls", []) + called.get("to_apply", []):
-                yield from _of(callee, times, computations, unknown)
+            found = found._replace(kind="reduce-scatter") if scatters and kind == "all-reduce" else found
+            seen.add(_channel(one))
+            yield _channel(one), found
+        elif one.op == "fusion":
+            fresh = [pair for pair in _called_by(one, inside, times, program) if not pair[0] or pair[0] not in seen]
+            seen.update(channel for channel, _ in fresh)
+            yield from fresh
+        else:
+            yield from _called_by(one, inside, times, program)
+
+
+def _called_by(
+    one: Instruction, around: list[Instruction], times: float, program: Program
+) -> Iterator[tuple[str, Collective]]:
+    called = _called(one)
+    if one.op == "while":
+        turns = trip_count(one, around, program.computations)
+        yield from _of(called["body"][0], times * (program.unknown_trips if turns is None else turns), program)
+    elif one.op == "conditional":
+        branches = [list(_of(branch, times, program)) for names in called.values() for branch in names]
+        yield from program.branch(branches, key=lambda found: sum(pair[1].sent for pair in found), default=[])
+    elif one.op in ("call", "fusion", "async-start", "custom-call"):
+        for callee in called.get("calls", []) + called.get("to_apply", []):
+            yield from _of(callee, times, program)
+
+
+def _channel(one: Instruction) -> str:
+    """Its number, the same for all parts of one collective; empty where it has none."""
+    named = re.search(r"channel_id=(\d+)", one.attributes)
+    return named[1] if named else ""
 
 
 def _whole(one: Instruction, kind: str, devices: int) -> int:

@@ -16,13 +16,13 @@ def mesh():
     return jax.make_mesh((2,), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def of(mesh, body, *shapes, trips=1.0):
+def of(mesh, body, *shapes, trips=1.0, branch=max):
     """Collectives of a shard_map over two devices, compiled here."""
     specs = PartitionSpec(AXIS)
     run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False))
     where = NamedSharding(mesh, specs)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where) for shape in shapes]
-    return collectives(run.lower(*arrays).compile().as_text(), trips)
+    return collectives(run.lower(*arrays).compile().as_text(), trips, branch)
 
 
 def once(x):
@@ -70,6 +70,7 @@ def test_of_a_conditional_the_branch_counts_that_sends_most(mesh):
         return jax.lax.switch(jnp.int32(x[0, 0]), twice, x)
 
     assert sent_by_kind(of(mesh, body, (8, 16))) == {"all-reduce": 2 * 256}
+    assert sent_by_kind(of(mesh, body, (8, 16), branch=min)) == {}
 
 
 def test_a_program_without_a_mesh_sends_nothing():
@@ -107,6 +108,18 @@ HloModule jit_f, is_scheduled=true
   ROOT %r = f32[8,16]{1,0:T(8,128)} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
 }
 
+%begins (p: bf16[4]) -> bf16[8] {
+  ROOT %g = bf16[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+}
+
+%async_collective_fusion.7 (p: bf16[4]) -> bf16[8] {
+  ROOT %g = bf16[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+}
+
+%ends (p: bf16[4]) -> bf16[8] {
+  ROOT %g = bf16[8]{0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+}
+
 %condition (t: (s32[], bf16[4], s32[])) -> pred[] {
   %t = (s32[]{:T(128)}, bf16[4]{0}, s32[]) parameter(0)
   %n = s32[]{:T(128)} get-tuple-element(%t), index=0
@@ -120,6 +133,9 @@ HloModule jit_f, is_scheduled=true
   %done = bf16[8]{0} all-gather-done(%start)
   %moved = (bf16[4]{0}, bf16[4]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
   %fused = f32[4,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %async-collective-start = (bf16[4]{0}, bf16[8]{0}) fusion(%x), kind=kCustom, calls=%begins
+  %beside = (f32[4,16]{1,0}, bf16[8]{0}) fusion(%x, %fused), kind=kOutput, calls=%async_collective_fusion.7
+  %async-collective-done = bf16[8]{0} fusion(%x), kind=kCustom, calls=%ends
   ROOT %out = (s32[], bf16[4], s32[]) tuple(%n, %x, %most)
 }
 
@@ -135,10 +151,12 @@ ENTRY %main (p: bf16[4]) -> bf16[4] {
 """
 
 
-def test_a_tpus_loops_starts_and_fused_reduce_scatters():
-    """4 turns (2 to 6): the bounds entered with the loop. An all-reduce in a fusion of that name keeps one part."""
+def test_a_tpus_loops_starts_and_fusions():
+    """4 turns (2 to 6): the bounds entered with the loop. An all-reduce in a fusion of that name keeps one part; a
+    gather that three fusions share, on one channel, is one."""
     assert collectives(TPU) == [
         Collective("all-gather", 16, 2, 4.0),
         Collective("collective-permute", 8, 2, 4.0),
         Collective("reduce-scatter", 512, 2, 4.0),
+        Collective("all-gather", 16, 2, 4.0),
     ]
