@@ -51,7 +51,7 @@ def test_bytes_on_2x2x2_by_hand():
     assert got.update_peak == got.resident + got.gradients + got.activations
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 4, 2), (1, 4, 4), (2, 2, 2)])
 def test_parameters_and_moments_are_what_12_bytes_a_parameter_make(sizes):
     spec = SHAPES["qwen2.5-7b"]
     config = Config(model=ModelConfig(source="qwen2.5-7b"), grpo=GrpoConfig(prompts=8))
