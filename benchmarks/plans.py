@@ -125,7 +125,7 @@ def main(kind: str, out: pathlib.Path) -> int:
 
 
 def agrees(case: Case, found: dict[str, Any]) -> bool:
-    """Whether XLA's count of what the update takes is within 1 % of the arithmetic; ids and log-probs are that small."""
+    """Whether XLA counts what the update takes as the arithmetic does, within 1 %: ids and log-probs are in it."""
     held = chip_of(case, found)["bytes"]
     [update] = [one for one in found["programs"] if one["name"] == "update"]
     expected = held["parameters"] + held["moments"] + held["frozen"]
