@@ -197,7 +197,8 @@ def compute_for(config: ModelConfig, mesh: Mesh | None = None, machine: Machine 
     platform = machine.platform if machine else jax.default_backend()
     native, chunk = ("float32", 128) if platform == "cpu" else ("bfloat16", 1024)
     dtype = native if config.dtype == "auto" else config.dtype
-    return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention, mesh, machine)
+    head_chunk = config.head_chunk or chunk
+    return Compute(dtype, config.remat, head_chunk, config.unroll, config.attention, mesh, machine=machine)
 
 
 def sampling_compute(spec: ModelSpec, compute: Compute, config: MeshConfig) -> Compute:

@@ -121,8 +121,9 @@ def test_what_does_not_fit_says_which_knob_would_help(monkeypatch, found):
     said = advice(spec, TINY, compute, (1, 2, 1), enough, True)
     assert any("offload True" in line and "it fits" in line for line in said)
     assert not any("together" in line for line in said)
-    # Two devices are enough when they share each layer too: the sampler's copy is then cut.
-    assert said[-1].startswith("mesh.data 1 mesh.fsdp 1 mesh.tensor 2 (2 devices): ")
+    # Twice the devices are enough.
+    assert said[-1].startswith("mesh.data 1 mesh.fsdp 4 mesh.tensor 1 (4 devices): ")
+    assert said[-1].endswith(", and it fits")
 
 
 @pytest.mark.parametrize(
