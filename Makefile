@@ -23,6 +23,7 @@ lint: install-test
 	$(BIN)/basedpyright
 
 plan-tpu: install-test
+	rm -rf runs/plans
 	$(BIN)/python benchmarks/plans.py tpu runs/plans
 
 install: $(VENV)/.installed

@@ -112,12 +112,13 @@ def shape_of(config: Config, shards: int) -> Shape:
 
 
 def micro_groups(grpo: GrpoConfig, prompt: int, completion: int, shards: int) -> int:
-    """Groups of the largest micro-batch; at least one on every device that shares rows."""
+    """Groups of the largest micro-batch; a budget of tokens is that of each device that shares rows."""
     update = grpo.prompts // grpo.minibatches
     if grpo.tokens_per_micro_batch is None:
         return update // grpo.micro_batches
-    fitting = grpo.tokens_per_micro_batch // (prompt + grpo.group * completion)
-    return min(update, max(shards, fitting // shards * shards))
+    fitting = max(1, grpo.tokens_per_micro_batch // (prompt + grpo.group * completion))
+    each = next(count for count in range(fitting, 0, -1) if length_buckets(count) == count)
+    return min(update, each * shards)
 
 
 class Trees(NamedTuple):

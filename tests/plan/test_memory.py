@@ -84,6 +84,8 @@ def test_the_shape_of_a_step_is_padded_as_the_sampler_pads():
     assert shape.seated == 4, "16 rows are two groups, and every device that shares rows has as many seats"
     by_tokens = shape_of(tiny(tokens_per_micro_batch=2 * (128 + 8 * 64)), 1)
     assert (by_tokens.tokens, by_tokens.micro) == (640, 2)
+    budget = tiny(prompts=16, tokens_per_micro_batch=2 * (128 + 8 * 64))
+    assert shape_of(budget, 4).micro == 8, "the budget is that of one device"
     assert shape_of(tiny(tokens_per_micro_batch=1), 4).micro == 4, "one group on each device that shares rows"
 
 
