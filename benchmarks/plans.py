@@ -115,7 +115,7 @@ def main(kind: str, out: pathlib.Path) -> int:
         "sampler's copy",
         "KV",
     ]
-    header += [*HEADER[kind], "usable", "s a step, at least", "s to plan"]
+    header += [*HEADER[kind], "usable", "s a step, estimated", "s to plan"]
     made = table(header, [row(kind, case, one) for case, one in found])
     print(made)
     head, rest = PAGE.read_text("utf-8").split(f"<!-- {kind} -->\n")

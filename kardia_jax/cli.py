@@ -41,7 +41,7 @@ USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
   doctor   what this machine and this installation can do
   bench    step, sample, update or import: seconds by phase, memory, and how near the machine's ceilings that is
   judge    serve, probe or show: the judge over HTTP; whether it can be trusted; one graded completion in full
-  plan     will it fit, and how fast can it be: bytes, collectives and a floor of the step time, without an accelerator
+  plan     will it fit, and how fast may it be: bytes, collectives and an estimate of a step, without an accelerator
 
   kardia VERB --help lists every field with its default. CONFIG.py is a Python file with get_config()."""
 

@@ -3,7 +3,7 @@
     kardia plan configs/kardia_qwen2_5_7b.py --mesh.fsdp 4 --mesh.tensor 4 --topology v5e:4x4
 
 compiles the three programs of a GRPO step for the real model with abstract values - no weights, no accelerator - and
-says per device: bytes by part, the compiler's peak, what collectives send, FLOPs, and the time a step cannot go below.
+says per device: bytes by part, the compiler's peak, what collectives send, FLOPs, and an estimate of a step's time.
 
 memory.py     bytes per device by arithmetic, from the config and the table of ``model/sharding.py``
 abstract.py   the arguments of the programs as shapes with shardings

@@ -1,4 +1,4 @@
-"""The time that a step cannot go below on a chip: each phase against three ceilings.
+"""An estimate of a step's time on a chip: each phase against three ceilings.
 
     seconds = max(FLOPs / (devices x peak), bytes / bandwidth, bytes sent / interconnect), each over its efficiency
 

@@ -121,7 +121,7 @@ def parameter_gathers(made: list[Program], copy: int) -> dict[str, dict[str, flo
 def on_chip(
     spec: ModelSpec, config: Config, compute: Compute, sizes: Sizes, made: list[Program], chip: Chip, exact: bool
 ) -> dict[str, Any]:
-    """Whether the run fits on this chip, and the time that a step cannot go below.
+    """Whether the run fits on this chip, and an estimate of a step's time.
 
     With ``exact`` the programs were compiled for it, and the compiler's bytes decide; otherwise arithmetic does.
     """

@@ -115,7 +115,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
 def _notes(found: dict[str, Any]) -> str:
     shares = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in EFFICIENCY.items())
     notes = [
-        f"Seconds are a floor: each phase by the lowest of three ceilings, of which it is taken to reach {shares}; "
+        f"Seconds are an estimate: each phase by the lowest of three ceilings, of which it is taken to reach {shares}; "
         f"full lengths; the judge, the host and latencies are not in it. Beyond a node, {NETWORK / 1e9:.0f} GB/s.",
         f"{100 * USABLE:.0f} % of a chip's memory is taken to be usable.",
     ]
