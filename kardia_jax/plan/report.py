@@ -72,8 +72,11 @@ def _programs(found: dict[str, Any]) -> str:
     head += ["sends in a call", "compiled in"]
     said = [f"{one['name']} does not fit: {one['refused']}" for one in found["programs"] if one["refused"]]
     totals = ", ".join(f"{kind} {gib(sent)}" for kind, sent in found["collective_bytes"].items()) or "nothing"
+    flops = ", ".join(f"{phase} {count / 1e12:.3g}" for phase, count in found["chips"][0]["flops"].items())
     title = f"Programs compiled for {found['compiled_for']}, GiB per device:"
-    return "\n".join([title, table(head, rows), f"A device sends in a step: {totals}.", *said])
+    return "\n".join(
+        [title, table(head, rows), f"A device sends in a step: {totals}. TFLOP of a device: {flops}.", *said]
+    )
 
 
 def _gathered(found: dict[str, Any]) -> list[str]:

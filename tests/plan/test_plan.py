@@ -96,7 +96,13 @@ def test_the_report_names_every_chip_and_its_assumptions(found):
     said = report.text(found)
     for one in chips.CHIPS:
         assert f"| {one.name} " in said
-    for words in ("parameters, float32", "40 % of flops", "stores attention scores", "A device sends in a step"):
+    for words in (
+        "parameters, float32",
+        "40 % of flops",
+        "stores attention scores",
+        "A device sends in a step",
+        "TFLOP of a device: prefill",
+    ):
         assert words in said
 
 
