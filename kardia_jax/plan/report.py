@@ -86,7 +86,7 @@ def _gathered(found: dict[str, Any]) -> list[str]:
         return []
     lines = [
         f"{name} gathers the parameters over fsdp ({fsdp} devices): {gib(one['bytes'])} GiB on each device, "
-        f"{one['times']:g} times a step."
+        + ("once a step." if one["times"] == 1 else f"{one['times']:g} times a step.")
         for name, one in gathers.items()
     ]
     decoding = [] if "decode" in gathers else ["Decoding gathers none: it reads the copy that `weights` has made."]
