@@ -192,13 +192,13 @@ def shape_of(batch: GroupBatch) -> str:
 
 
 def compute_for(config: ModelConfig, mesh: Mesh | None = None, machine: Machine | None = None) -> Compute:
-    """The compute settings for this machine or another: what the config leaves open is float32 and small slices on
-    CPU, bfloat16 and large ones elsewhere."""
+    """The compute settings for this machine or another: what the config leaves open is float32 and small slices of the
+    vocabulary on CPU, bfloat16 and the whole of it elsewhere."""
     platform = machine.platform if machine else jax.default_backend()
-    native, chunk = ("float32", 128) if platform == "cpu" else ("bfloat16", 1024)
+    native, rows = ("float32", 1024) if platform == "cpu" else ("bfloat16", 0)
     dtype = native if config.dtype == "auto" else config.dtype
-    head_chunk = config.head_chunk or chunk
-    return Compute(dtype, config.remat, head_chunk, config.unroll, config.attention, mesh, machine=machine)
+    chunks = config.head_chunk, config.vocab_chunk or rows
+    return Compute(dtype, config.remat, *chunks, config.unroll, config.attention, mesh, machine=machine)
 
 
 def sampling_compute(spec: ModelSpec, compute: Compute, config: MeshConfig) -> Compute:
