@@ -265,7 +265,7 @@ OTHER = Config(
     run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow"), "off"),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
     model=ModelConfig(
-        *("out/hf", "out/tokenizer", "bfloat16", "xla", "dots", 16, 3),
+        *("out/hf", "out/tokenizer", "bfloat16", "xla", "dots", 16, 32, 3),
         lora=LoraConfig(8, 32.0, ("q_proj", "v_proj"), 0.25, "rslora", "bfloat16"),
     ),
     mesh=MeshConfig(2, 4, -1, SamplerMeshConfig(3, 2, 5)),
@@ -425,7 +425,8 @@ def abstract_sampling(config: Config, spec: ModelSpec, params: Any) -> Drawn:
     device = make_generate(spec, compute_for(config.model), storage, sampler.rows).args[0]
     keys, number = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), abstract(())
     size, lengths = length_buckets(config.data.max_prompt_tokens), abstract(rows[:1])
-    empty = functools.partial(device.empty, size=size, columns=64, budget=sampler.max_new_tokens)
+    room = {"prompts": rows[0], "size": size, "columns": 64, "budget": sampler.max_new_tokens}
+    empty = functools.partial(device.empty, **room)
     state, weights = jax.eval_shape(empty, keys, number), jax.eval_shape(device.weights, params)
     prompt = abstract((rows[0], size))
     seated = jax.eval_shape(device.admit, params, state, prompt, lengths, keys, lengths, number)
