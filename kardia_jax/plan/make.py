@@ -1,5 +1,6 @@
 """A plan in the process whose devices are simulated: memory, programs and estimates in one object of plain numbers."""
 
+import dataclasses
 from collections import defaultdict
 from typing import Any
 
@@ -75,8 +76,7 @@ def compute_of(config: Config, mesh: Mesh | None, topology: str | None) -> Compu
 
 def compute_on_cpu(accelerated: Compute) -> Compute:
     """The same with the attention that a CPU can compile."""
-    settings = {name: getattr(accelerated, name) for name in ("dtype", "remat", "head_chunk", "unroll", "mesh")}
-    return Compute(**settings, attention="xla", machine=Machine("cpu"))
+    return dataclasses.replace(accelerated, attention="xla", machine=Machine("cpu"))
 
 
 def of_program(program: Program) -> dict[str, Any]:

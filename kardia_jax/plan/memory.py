@@ -250,9 +250,7 @@ def activation_bytes(spec: ModelSpec, compute: Compute, shape: Shape, element: i
 
 def head_bytes(spec: ModelSpec, compute: Compute, tokens: int, tensor: int) -> int:
     """Logits of a slice, their softmax and gradient; the table as it is read, and its float32 gradient."""
-    table = spec.vocab_size * spec.width // tensor
+    rows = spec.vocab_size // tensor
     element = jnp.dtype(compute.dtype).itemsize
-    chunk = min(compute.head_chunk, tokens)
-    return (
-        3 * chunk * spec.vocab_size // tensor * MASTER + table * (element + MASTER) + 2 * tokens * spec.width * element
-    )
+    logits = min(compute.head_chunk, tokens) * min(compute.vocab_chunk or rows, rows)
+    return 3 * logits * MASTER + rows * spec.width * (element + MASTER) + 2 * tokens * spec.width * element

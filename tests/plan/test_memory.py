@@ -105,3 +105,5 @@ def test_activations_grow_with_what_the_backward_pass_keeps():
 def test_the_head_holds_a_slice_of_logits_and_its_table_twice():
     spec, rest = SHAPES["tiny-llama"], 2 * 100 * 64 * 2
     assert head_bytes(spec, COMPUTE, 100, 2) == 3 * 64 * 1600 * 4 + 1600 * 64 * (2 + 4) + rest
+    by_rows = dataclasses.replace(COMPUTE, vocab_chunk=128)
+    assert head_bytes(spec, by_rows, 100, 2) == 3 * 64 * 128 * 4 + 1600 * 64 * (2 + 4) + rest
