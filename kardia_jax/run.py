@@ -7,7 +7,8 @@
     runs/x/rollouts.jsonl    sampled completions with every score (grpo)
     runs/x/hf                the trained policy as a Hugging Face directory; with LoRA also runs/x/adapter
 
-A resumed run starts from the newest checkpoint, cuts both files back to its step and writes them again, the same.
+A resumed run starts from the newest checkpoint, cuts both files back to its step and writes them again, the same. A run
+that gets SIGTERM saves and ends with code 143.
 """
 
 import dataclasses
@@ -21,11 +22,12 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
+from kardia_jax.checkpoint import CheckpointError, Checkpoints, latest_step, refuse_existing, restore_latest
 from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, flat, to_json
 from kardia_jax.config.judge import NOT_THE_VERDICT
 from kardia_jax.dialogue.dataset import Loaded
 from kardia_jax.hands import Hand, packed
+from kardia_jax.hosts import anyone
 from kardia_jax.judge.failures import JudgeStopError
 from kardia_jax.judge.protocol import JudgeUnusableError
 from kardia_jax.observe.compilations import CompilationCounter
@@ -36,6 +38,7 @@ from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.trackers import Tracker, open_trackers
 from kardia_jax.placement import offloaded
 from kardia_jax.programs import make_start
+from kardia_jax.stopping import EXIT_CODE, StopRequest
 from kardia_jax.types import Params, TrainState
 
 WARM_STEPS = 2
@@ -64,6 +67,7 @@ class Run:
     trackers: list[Tracker]
     rollouts: JsonlWriter
     checkpoints: Checkpoints
+    stop: StopRequest
 
     def finish_step(
         self,
@@ -93,6 +97,18 @@ class Run:
             with self.timer.phase("save"):
                 self._save(step, state, hands)
             self.compilations.take()  # The checksums are no program of the next step.
+        if step < self.steps:
+            self.end_if_asked(step, state, hands)
+
+    def end_if_asked(self, step: int, state: TrainState, hands: Iterable[Hand]) -> None:
+        """Where a process of the run has got SIGTERM, all of them save the state after step ``step`` and leave:
+        raises SystemExit."""
+        if not anyone(self.stop.made):
+            return
+        self._save(step, state, hands)
+        self.checkpoints.wait()
+        self.console.message(f"SIGTERM: saved after step {step} in {self.config.dir}; go on with --run.resume")
+        raise SystemExit(EXIT_CODE)
 
     @contextmanager
     def saved_before_stop(self, step: int, state: TrainState, hands: Iterable[Hand]) -> Iterator[None]:
@@ -158,6 +174,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
         checkpoints,
         console,
         CompilationCounter() as compilations,
+        StopRequest() as stop,
     ):
         trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
         try:
@@ -174,6 +191,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
                 trackers,
                 rollouts,
                 checkpoints,
+                stop,
             )
         finally:
             for tracker in trackers:
@@ -181,13 +199,16 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, the mesh, on
-    which no result depends, and how the judge is reached, since a run that stopped for its judge goes on with a repaired one."""
+    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, mesh and hosts, on
+    which no result depends, and how the judge is reached, since a run that stopped for its judge goes on with a
+    repaired one."""
     tree = json.loads(to_json(config))
     for path in NOT_THE_VERDICT:
         *parents, last = path.split(".")
         functools.reduce(dict.__getitem__, parents, tree["judge"]).pop(last)
-    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh")} | {"seed": config.run.seed}
+    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh", "hosts")} | {
+        "seed": config.run.seed
+    }
 
 
 def check_progress(state: TrainState, allowed: int, where: str) -> None:
@@ -203,7 +224,8 @@ def _start(
 ) -> tuple[TrainState, int, list[Mapping[str, Any]]]:
     """The state, the steps that it has behind it, and the rollouts of the next ones that were in hand."""
     folder = config.run.dir / "checkpoints"
-    if not config.run.resume:
+    begun = config.run.auto_resume and latest_step(folder) is not None
+    if not (config.run.resume or begun):
         refuse_existing(folder)
         return fresh, 0, []
     places = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)

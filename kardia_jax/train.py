@@ -129,6 +129,7 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
             hand = hands.popleft()
             asked, sampled, batch, grading = hand
             # ---- Grade; the device works on log-probs meanwhile
+            run.end_if_asked(step, state, (hand, *hands))
             with timer.phase("judge"), run.saved_before_stop(step, state, (hand, *hands)):
                 graded = grading.graded()
                 judging.check(graded)

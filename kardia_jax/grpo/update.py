@@ -108,7 +108,9 @@ def split(batch: GroupBatch, parts: int) -> GroupBatch:
 
 def no_sums(params: Params) -> Sums:
     """What accumulation starts from."""
-    return Sums(constrain_tree(jax.tree.map(jnp.zeros_like, params)), Mean(jnp.float32(0), jnp.float32(0)), jnp.int32(0))
+    return Sums(
+        constrain_tree(jax.tree.map(jnp.zeros_like, params)), Mean(jnp.float32(0), jnp.float32(0)), jnp.int32(0)
+    )
 
 
 def make_accumulate(forward: Forward, objective: Objective) -> Accumulate:
