@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import socket
 import sys
 import threading
@@ -31,6 +32,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kardia_jax.config import Config, HostsConfig, flat
+from kardia_jax.config.errors import require
 
 POLL_SECONDS = 0.5
 """Between two looks for what another process has said before it stopped."""
@@ -297,6 +299,36 @@ def gathered(text: str) -> list[str]:
 def anyone(flag: bool) -> bool:
     """Whether some process says yes; all of them must call it."""
     return flag if alone() else bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
+def require_one_folder(folder: pathlib.Path) -> None:
+    """Raises HostsError, in every process, where they do not all see the same folder of the run."""
+    if alone():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".hosts-{gathered(secrets.token_hex(8))[0]}"
+    if is_first():
+        mark.touch()
+    gathered("the mark is there")
+    blind = [place for place, sees in enumerate(gathered("yes" if mark.is_file() else "no")) if sees == "no"]
+    if is_first():
+        mark.unlink()
+    if blind:
+        fix = "All processes write one checkpoint together: give a folder on a file system that they share."
+        raise HostsError(f"run.dir: wanted a folder that all processes see, got {folder}, new to {blind}. {fix}")
+
+
+def check_processes(prompts: int, what: str) -> None:
+    """Raises ConfigError for more processes than prompts; ``what`` names these: grpo.prompts."""
+    fix = "Raise it, or start fewer processes: each needs a prompt of its own."
+    require(
+        prompts >= jax.process_count(), what, f"at least one for each of {jax.process_count()} processes", prompts, fix
+    )
+
+
+def most(number: int) -> int:
+    """The largest number of all; all of them must call it."""
+    return number if alone() else int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
 def _client() -> Any:

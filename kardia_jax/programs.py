@@ -34,15 +34,17 @@ from kardia_jax.grpo.update import (
     make_update,
     no_sums,
 )
+from kardia_jax.hosts import alone
 from kardia_jax.judge.sharing import SharedRows
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.head import sampled_logits
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_hidden, group_logprobs, head_table
-from kardia_jax.model.sharding import everywhere, on_mesh, row_shards, rows_sharding, shardings
+from kardia_jax.model.sharding import everywhere, on_mesh, rows_sharding, shardings
+from kardia_jax.model.shares import share_of
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.placement import on_device, shared_out
+from kardia_jax.placement import Tree, on_device, own_rows, put, shared_out, to_host
 from kardia_jax.rollout import batching, sampler
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import SHORTEST
@@ -106,15 +108,23 @@ def make_start(optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Ca
 
     def start(params: Params) -> TrainState:
         places = shardings(jax.eval_shape(optimizer.init, params), mesh)
-        zero = jax.device_put(jnp.int32(0), everywhere(mesh))
+        zero = put(np.int32(0), everywhere(mesh))
         return TrainState(zero, params, jax.jit(optimizer.init, out_shardings=places)(params), jnp.copy(zero))
 
     return start
 
 
-def placed(batch: GroupBatch, mesh: Mesh | None) -> GroupBatch:
-    """The batch shared out over the mesh, whole groups to each device."""
+def placed(batch: Tree, mesh: Mesh | None) -> Tree:
+    """The batch shared out over the mesh, whole groups to each device; each process gives its own part of it."""
     return batch if mesh is None else shared_out(batch, rows_sharding(mesh), everywhere(mesh))
+
+
+def looking(mesh: Mesh | None) -> Callable[[Any], Any]:
+    """Arrays of the mesh, whole, on the host of every process that has a part of it."""
+    if mesh is None or alone():
+        return to_host
+    everybodys = jax.jit(lambda tree: tree, out_shardings=everywhere(mesh))
+    return lambda tree: to_host(everybodys(tree))
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,7 @@ class UpdateByTokens:
         yield "optimizer", self.apply.lower(state, sums).compile()
 
     def _parts(self, batch: GroupBatch) -> Iterator[GroupBatch]:
-        for part in cut_by_tokens(batch, self.budget, self.shortest, row_shards(self.mesh)):
+        for part in cut_by_tokens(own_rows(batch), self.budget, self.shortest, share_of(self.mesh)):
             yield placed(part, self.mesh)
 
 
@@ -209,7 +219,9 @@ def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPU
         decode=compiled(model(sampler.decode), donate_argnames="rows"),
         grow=compiled(sampler.grow, static_argnames="columns"),
         keep=compiled(sampler.keep),
-        shards=row_shards(compute.mesh),
+        share=share_of(compute.mesh),
+        shared_out=functools.partial(placed, mesh=compute.mesh),
+        look=looking(compute.mesh),
     )
     return functools.partial(batching.roll_out, programs, rows)
 

@@ -14,6 +14,8 @@ that gets SIGTERM saves and ends with code 143.
 import dataclasses
 import functools
 import json
+import os
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,11 +29,12 @@ from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, f
 from kardia_jax.config.judge import NOT_THE_VERDICT
 from kardia_jax.dialogue.dataset import Loaded
 from kardia_jax.hands import Hand, packed
-from kardia_jax.hosts import anyone
+from kardia_jax.hosts import anyone, is_first, require_one_folder
 from kardia_jax.judge.failures import JudgeStopError
 from kardia_jax.judge.protocol import JudgeUnusableError
+from kardia_jax.model.shares import Rows
 from kardia_jax.observe.compilations import CompilationCounter
-from kardia_jax.observe.console import TrainingConsole
+from kardia_jax.observe.console import SILENT, TrainingConsole
 from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
@@ -68,6 +71,8 @@ class Run:
     rollouts: JsonlWriter
     checkpoints: Checkpoints
     stop: StopRequest
+    rows: Rows | None
+    """Which rows of a step are this process's, where a step has any."""
 
     def finish_step(
         self,
@@ -126,7 +131,8 @@ class Run:
             raise JudgeStopError(f"{error} {kept}: repair the judge and go on with --run.resume.") from error
 
     def _save(self, step: int, state: TrainState, hands: Iterable[Hand]) -> None:
-        self.checkpoints.save(step, state, {"config": self.saved_config, "in_hand": [packed(hand) for hand in hands]})
+        in_hand = [packed(hand, self.rows) for hand in hands]
+        self.checkpoints.save(step, state, {"config": self.saved_config, "in_hand": in_hand})
 
 
 def report_data(console: TrainingConsole, loaded: Loaded, too_long: Sequence[str], used: str) -> None:
@@ -157,26 +163,32 @@ def start_state(
 
 
 @contextmanager
-def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterator[Run]:
-    """Starts a run at its first step, or where its newest checkpoint stands with ``run.resume``."""
-    folder = config.run.dir
+def open_run(config: Config, verb: str, steps: int, fresh: TrainState, rows: Rows | None = None) -> Iterator[Run]:
+    """Starts a run at its first step, or where its newest checkpoint stands with ``run.resume``.
+
+    Of several processes the first writes and reports; all of them save checkpoints together.
+    """
+    folder, writes = config.run.dir, is_first()
+    require_one_folder(folder)
     saved_config = comparable(config)
     state, first_step, in_hand = _start(config, saved_config, fresh)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        truncate_after(folder / name, first_step)
-    write_whole(folder / "config.json", to_json(config))
-    write_whole(folder / "verb.json", json.dumps({"verb": verb}) + "\n")
-    console = TrainingConsole(verb, steps, first_step, live=config.run.console)
+    if writes:
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            truncate_after(folder / name, first_step)
+        write_whole(folder / "config.json", to_json(config))
+        write_whole(folder / "verb.json", json.dumps({"verb": verb}) + "\n")
+    console = TrainingConsole(verb, steps, first_step, config.run.console and writes, None if writes else SILENT)
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
     with (
-        JsonlWriter(folder / "rollouts.jsonl") as rollouts,
+        JsonlWriter(folder / "rollouts.jsonl" if writes else pathlib.Path(os.devnull)) as rollouts,
         checkpoints,
         console,
         CompilationCounter() as compilations,
         StopRequest() as stop,
     ):
-        trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
+        name = f"{verb}-{folder.name}"
+        trackers = open_trackers(config.run.trackers, folder, name, flat(config)) if writes else []
         try:
             yield Run(
                 config.run,
@@ -192,6 +204,7 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
                 rollouts,
                 checkpoints,
                 stop,
+                rows,
             )
         finally:
             for tracker in trackers:
