@@ -34,7 +34,7 @@ from kardia_jax.observe.intervals import (
 )
 from kardia_jax.observe.jsonl import plain
 from kardia_jax.policies import Policy, check_positions, placed_policy, sampler_of
-from kardia_jax.programs import compute_for, make_generate
+from kardia_jax.programs import compute_for, make_generate, sampling_compute
 from kardia_jax.rewards.rubric import Rubric
 from kardia_jax.rollout.engine import Sampler, sample
 from kardia_jax.rollout.sampling import Controls
@@ -93,7 +93,8 @@ def evaluate(config: Config, policy: Policy, grader: Grader) -> Evaluation:
     mesh = make_mesh(config.mesh)
     policy = placed_policy(policy, mesh)
     storage = Storage(settings.sampler.kv_dtype, settings.sampler.weights_dtype)
-    generate = make_generate(policy.spec, compute_for(config.model, mesh), storage, settings.sampler.rows)
+    sampling = sampling_compute(policy.spec, compute_for(config.model, mesh), config.mesh)
+    generate = make_generate(policy.spec, sampling, storage, settings.sampler.rows)
     sampler = sampler_of(policy, generate)
     params, texts_P_G = policy.full(), []
     for start in range(0, len(prompts), settings.batch):

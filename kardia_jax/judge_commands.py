@@ -1,8 +1,9 @@
-"""``kardia judge serve|probe|show``: the judge by itself, without a training run.
+"""``kardia judge serve|probe|show|gap``: the judge by itself, without training.
 
 kardia judge serve --judge.kind endpoint --judge.endpoint.model qwen3-8b --host 0.0.0.0
 kardia judge probe --judge.kind rules
 kardia judge show --run runs/a --step 40 --sample 3
+kardia judge gap --run runs/a
 """
 
 import asyncio
@@ -28,6 +29,7 @@ USAGE = """usage: kardia judge KIND [CONFIG.py] [--field value ...]
   serve   the judge over HTTP, for many learners: POST /v1/score, health, metrics
   probe   can it be trusted? grades a calibration set and says where it goes wrong
   show    one graded completion in full: what the judge saw, what it said, what it came to
+  gap     a run's audit as a plot: is the judge that pays getting kinder than the one that looks on?
 
   kardia judge KIND --help lists the fields"""
 
@@ -86,8 +88,16 @@ class ShowArgs:
     """Show what a judge that is a language model is asked."""
 
 
+@dataclass(frozen=True)
+class GapArgs:
+    """A run's audit as a plot: the judge that pays minus the one that looks on, step by step."""
+
+    run: pathlib.Path
+    """Folder of a `kardia grpo` run with --judge.audit.every above 0."""
+
+
 def run(arguments: list[str], config_file: ConfigFile) -> None:
-    """One of the three."""
+    """One of the four."""
     kind, rest = (arguments[0], arguments[1:]) if arguments else (None, [])
     if kind in ("-h", "--help"):
         print(USAGE)
@@ -166,4 +176,19 @@ def _graded_anew(args: ShowArgs, config: Config) -> "Shown":
     return from_answer(request, answer, grader.rubric, f"{title}, marked by {grader.judge.name}", item)
 
 
-KINDS: dict[str, Callable[[list[str], Config], None]] = {"serve": _serve, "probe": _probe, "show": _show}
+def _gap(arguments: list[str], config: Config) -> None:
+    args = tyro.cli(GapArgs, prog="kardia judge gap", args=arguments)
+    from kardia_jax.trust.gap import looks, parts
+    from kardia_jax.trust.tables import make_console
+
+    console = make_console()
+    for part in parts(args.run, looks(args.run)):
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+KINDS: dict[str, Callable[[list[str], Config], None]] = {
+    "serve": _serve,
+    "probe": _probe,
+    "show": _show,
+    "gap": _gap,
+}

@@ -8,6 +8,7 @@ On a mesh (``Compute.mesh``) the same functions are traced with the table of ``m
 program changes - the state, sums, rows - comes out as it went in, so the second step compiles nothing.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.stages import Compiled, Lowered
 from jaxtyping import Array, Float, Int
 
-from kardia_jax.config import FULL, LoraConfig, ModelConfig
+from kardia_jax.config import FULL, LoraConfig, MeshConfig, ModelConfig
 from kardia_jax.grpo.micro_batches import micro_batches as cut_by_tokens
 from kardia_jax.grpo.update import (
     Forward,
@@ -41,7 +42,14 @@ from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.head import sampled_logits
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_hidden, group_logprobs, head_table
-from kardia_jax.model.sharding import everywhere, on_mesh, rows_sharding, shardings
+from kardia_jax.model.sharding import (
+    check_mesh,
+    everywhere,
+    make_sampler_mesh,
+    on_mesh,
+    rows_sharding,
+    shardings,
+)
 from kardia_jax.model.shares import share_of
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.placement import Tree, on_device, own_rows, put, shared_out, to_host
@@ -199,6 +207,16 @@ def compute_for(config: ModelConfig, mesh: Mesh | None = None) -> Compute:
     return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention, mesh)
 
 
+def sampling_compute(spec: ModelSpec, compute: Compute, config: MeshConfig) -> Compute:
+    """The compute settings of the sampler: the learner's, unless it has devices of its own.
+
+    Raises ConfigError for a model that its mesh does not divide.
+    """
+    mesh = make_sampler_mesh(config)
+    check_mesh(spec, mesh, "mesh.sampler")
+    return compute if mesh is None else dataclasses.replace(compute, mesh=mesh, apart=True)
+
+
 @functools.cache
 def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPUTED, rows: int = 0) -> Generate:
     """``rollout.batching.roll_out`` with its compiled programs, for at most ``rows`` rows at once (0: no limit)."""
@@ -219,11 +237,45 @@ def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPU
         decode=compiled(model(sampler.decode), donate_argnames="rows"),
         grow=compiled(sampler.grow, static_argnames="columns"),
         keep=compiled(sampler.keep),
+        sent=Sender(compute.mesh, compute.dtype) if compute.mesh is not None and compute.apart else batching.stay,
         share=share_of(compute.mesh),
         shared_out=functools.partial(placed, mesh=compute.mesh),
         look=looking(compute.mesh),
     )
     return functools.partial(batching.roll_out, programs, rows)
+
+
+class Sender:
+    """Parameters to the sampler's own devices, laid out there by the table: cast where they lie, so that in bfloat16
+    half the bytes travel.
+
+    Under an adapter nothing is cast, since the sampler adds A B to the base in float32 before it casts the sum; what
+    is the same array as last time, the frozen base, is not sent again.
+    """
+
+    def __init__(self, mesh: Mesh, dtype: str):
+        self._mesh, self._dtype = mesh, dtype
+        self._sent: dict[int, tuple[Array, Array]] = {}
+
+    def __call__(self, params: Params) -> Params:
+        places = shardings(params, self._mesh)
+        if not any(path[-1].key == "lora_a" for path, _ in jax.tree_util.tree_leaves_with_path(params)):
+            return jax.device_put(_cast(params, self._dtype), places)
+        before, self._sent = self._sent, {}
+
+        def send(leaf: Array, place: NamedSharding) -> Array:
+            # The pair keeps the array alive, so no other one has its id.
+            known = before.get(id(leaf))
+            copy = jax.device_put(leaf, place) if known is None else known[1]
+            self._sent[id(leaf)] = leaf, copy
+            return copy
+
+        return jax.tree.map(send, params, places)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def score(

@@ -39,7 +39,7 @@ from kardia_jax.model.shares import Rows, rows_of, share_of
 from kardia_jax.observe.measures import merge, to_host, values
 from kardia_jax.placement import beside, offloaded, own_rows
 from kardia_jax.policies import Policy, check_positions, placed_policy, sampler_of
-from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score
+from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score, sampling_compute
 from kardia_jax.rewards.alarms import Alarms
 from kardia_jax.rewards.diagnostics import hacking_signs
 from kardia_jax.rollout.engine import Sampled, sample
@@ -72,7 +72,8 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     # ---- Programs
     compute = compute_for(config.model, mesh)
     storage = Storage(grpo.sampler.kv_dtype, grpo.sampler.weights_dtype)
-    sampler = sampler_of(policy, make_generate(policy.spec, compute, storage, grpo.sampler.rows))
+    sampling = sampling_compute(policy.spec, compute, config.mesh)
+    sampler = sampler_of(policy, make_generate(policy.spec, sampling, storage, grpo.sampler.rows))
     score = make_score(policy.spec, compute)
     updates = steps * grpo.minibatches * grpo.passes
     optimizer = make_optimizer(grpo.optimizer, updates)

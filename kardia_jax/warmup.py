@@ -166,8 +166,13 @@ def free_bytes() -> int | None:
 
 
 def bytes_of(tree: Any) -> int:
-    """Of all arrays in the tree, wherever they live."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Of all arrays in the tree, whichever memory they live in; on a mesh, of the part that one device keeps."""
+
+    def kept(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(kept, jax.tree.leaves(tree)))
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""What every test runs on: two CPU devices, so that sharding code shards, and no network.
+"""What every test runs on: eight CPU devices, so that sharding code shards (the first one, unless a test makes a mesh),
+and no network.
 
 Environment variables, set before anything reads them: importing jax or transformers here would slow down every test
 run that needs neither.
@@ -14,13 +15,15 @@ import tempfile
 import pytest
 from hypothesis import settings
 
+pytest_plugins = ["chat_server"]
+
 # No time limit for an example: its first one compiles, and a busy machine takes long over any.
 settings.register_profile("kardia", deadline=None)
 settings.load_profile("kardia")
 
 # Tests that need an accelerator run with JAX_PLATFORMS=cuda,cpu (or tpu,cpu) and are skipped otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_NUM_CPU_DEVICES"] = "2"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # No test reads or writes compiled programs of other runs, and none touches the user's own cache.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"

@@ -55,3 +55,6 @@ def test_memory_is_that_of_the_device_or_else_of_the_machine(monkeypatch):
 
 def test_bytes_of_a_tree():
     assert bytes_of({"a": jnp.zeros((2, 3)), "b": [jnp.zeros(4, jnp.bfloat16), ()]}) == 24 + 8
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    places = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor"))
+    assert bytes_of(jax.device_put(jnp.zeros((2, 3)), places)) == 12

@@ -16,7 +16,7 @@ from kardia_jax.config.judge import (
 )
 from kardia_jax.config.local_judge import LocalJudgeConfig
 from kardia_jax.config.lora import FULL, LoraConfig
-from kardia_jax.config.mesh import MeshConfig
+from kardia_jax.config.mesh import MeshConfig, SamplerMeshConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
 from kardia_jax.config.serve import ServeConfig
 from kardia_jax.config.tree import (
@@ -63,6 +63,7 @@ __all__ = [
     "RewardConfig",
     "RunConfig",
     "SamplerConfig",
+    "SamplerMeshConfig",
     "ServeConfig",
     "SftConfig",
     "TrafficConfig",

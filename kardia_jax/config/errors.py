@@ -1,6 +1,7 @@
 """How a value that cannot work is refused, and the one check that every config shares."""
 
 import dataclasses
+import re
 import types
 import typing
 from typing import Any, Literal
@@ -17,6 +18,16 @@ def require(condition: bool, name: str, wanted: str, came: object, fix: str = ""
     """Raises ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(name, wanted, came, fix)
+
+
+def require_variable(name: str, came: str) -> None:
+    """Raises ConfigError unless ``came`` can be the name of an environment variable.
+
+    What came is not shown: whoever pastes a key in the place of its variable must not find it in a log.
+    """
+    fine = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", came) is not None
+    fix = "Put it into a variable and give that variable's name."
+    require(fine, name, "the name of an environment variable", "something else (hidden)", fix)
 
 
 def check_choices(config: Any, prefix: str = "") -> None:

@@ -12,20 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kardia_jax.config.alarms import AlarmConfig
-from kardia_jax.config.errors import ConfigError, require
+from kardia_jax.config.errors import ConfigError, require, require_variable
 from kardia_jax.config.local_judge import LocalJudgeConfig
 
 NOT_THE_VERDICT = (
     *("endpoint.base_urls", "endpoint.key_env", "endpoint.price_prompt", "endpoint.price_completion"),
     *("remote.urls", "remote.token_env", "remote.batch", "remote.gather_seconds", "local.max_tokens_per_batch"),
-    *("traffic", "cache", "record", "max_failure_share", "failure_window", "audit"),
-)
-"""Fields that decide how a verdict is reached, paid, kept and counted, and not what it says: a run may be resumed with
-others."""
-
-NOT_THE_VERDICT = (
-    *("endpoint.base_urls", "endpoint.key_env", "endpoint.price_prompt", "endpoint.price_completion"),
-    *("traffic", "cache", "record", "max_failure_share", "failure_window"),
+    *("traffic", "cache", "record", "max_failure_share", "failure_window", "audit", "alarms"),
 )
 """Fields that decide how a verdict is reached, paid, kept and counted, and not what it says: a run may be resumed with
 others."""
@@ -55,10 +48,8 @@ class EndpointConfig:
         require(bool(self.base_urls), "judge.endpoint.base_urls", "at least one address", self.base_urls)
         for url in self.base_urls:
             _check_url("judge.endpoint.base_urls", url, "http(s)://host:port/v1", "judge.endpoint.key_env")
-        # Whoever pastes the key itself here must not find it in an error message.
-        named = self.key_env == "" or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.key_env) is not None
-        fix = "Put the key into a variable and give that variable's name."
-        require(named, "judge.endpoint.key_env", "the name of an environment variable", "something else (hidden)", fix)
+        if self.key_env:
+            require_variable("judge.endpoint.key_env", self.key_env)
         require(self.price_prompt >= 0, "judge.endpoint.price_prompt", "0 or more", self.price_prompt)
         require(self.price_completion >= 0, "judge.endpoint.price_completion", "0 or more", self.price_completion)
         _ = self.extra
@@ -190,9 +181,7 @@ class RemoteConfig:
         for url in self.urls:
             _check_url(f"{name}.urls", url, "http(s)://host:port", "judge.remote.token_env")
             require(not url.endswith("/"), f"{name}.urls", "an address without a slash at its end", url)
-        named = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.token_env) is not None
-        fix = "Put the token into a variable and give that variable's name."
-        require(named, f"{name}.token_env", "the name of an environment variable", "something else (hidden)", fix)
+        require_variable(f"{name}.token_env", self.token_env)
         require(self.batch >= 1, f"{name}.batch", "at least 1", self.batch)
         require(0 <= self.gather_seconds <= 1, f"{name}.gather_seconds", "0 to 1", self.gather_seconds)
 

@@ -3,7 +3,7 @@
 import ipaddress
 from dataclasses import dataclass
 
-from kardia_jax.config.errors import require
+from kardia_jax.config.errors import require, require_variable
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "port", "a TCP port, or 0 for any free one", self.port)
-        require(bool(self.token_env), "token_env", "the name of an environment variable", self.token_env)
+        require_variable("token_env", self.token_env)
         for name in ("max_batch", "max_waiting"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("max_body_mb", "score_seconds", "drain_seconds"):

@@ -15,6 +15,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import openai
@@ -44,30 +45,44 @@ class Reply(NamedTuple):
     completion_tokens: int
 
 
+@dataclass
+class Learned:
+    """What an address has shown so far; it outlives its connections."""
+
+    formats: tuple[str, ...]
+    """Those that may still work, to be tried in this order; one as soon as it is known."""
+    has_answered: bool = False
+
+
 class ChatServer:
     """One address; its connections belong to the event loop in which it was made."""
 
-    def __init__(self, url: str, endpoint: EndpointConfig, sampling: JudgeSamplingConfig, key: str, stats: JudgeStats):
+    def __init__(
+        self,
+        url: str,
+        learned: Learned,
+        endpoint: EndpointConfig,
+        sampling: JudgeSamplingConfig,
+        key: str,
+        stats: JudgeStats,
+    ):
         """``key``: the key itself, or empty."""
-        self.url, self._endpoint, self._sampling, self._key, self._stats = url, endpoint, sampling, key, stats
+        self.url, self._learned, self._endpoint, self._sampling = url, learned, endpoint, sampling
+        self._key, self._stats = key, stats
         # Without a key of ours the library would send that of OPENAI_API_KEY to whatever server this is.
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=None)
-        auto = endpoint.response_format == "auto"
-        self._formats = FORMATS if auto else (endpoint.response_format,)
-        self._settled = not auto
-        self._has_answered = False
 
     async def ask(self, prompt: str, schema: Mapping[str, Any], seed: int | None) -> Reply:
         """The model's answer. Raises Trouble or JudgeUnusableError."""
         body = self._body(prompt, seed)
-        formats = self._formats
+        formats = self._learned.formats
         for place, form in enumerate(formats):
             try:
                 data = await self._client.post(
                     "/chat/completions", body=body | response_format(form, schema), cast_to=object
                 )
             except openai.APIStatusError as error:
-                if error.status_code in (400, 422) and not self._settled and place + 1 < len(formats):
+                if error.status_code in (400, 422) and place + 1 < len(formats):
                     self._stats.count("calls")
                     continue
                 raise self._status_trouble(error) from None
@@ -77,7 +92,7 @@ class ChatServer:
                 raise self._unreadable(f"no JSON ({error})") from None
             reply = self._read(data)
             # Only an answer shows that the format was what the server minded, and not the call.
-            self._formats, self._settled, self._has_answered = (form,), True, True
+            self._learned.formats, self._learned.has_answered = (form,), True
             return reply
         raise AssertionError("formats are never empty")
 
@@ -135,7 +150,7 @@ class ChatServer:
         if status in (408, 409, 425) or status >= 500:
             return Trouble("server_errors", told, retryable=True, retry_after=wait)
         unusable = status in (401, 403, 404) or broke or (status == 400 and _NO_MODEL.search(code) is not None)
-        if unusable and not self._has_answered:
+        if unusable and not self._learned.has_answered:
             return JudgeUnusableError(f"judge.endpoint: {self.url} answered with {told}. {self._advice(status)}")
         return Trouble("rejected", told, retryable=False)
 
@@ -155,6 +170,11 @@ class ChatServer:
         hidden = text.replace(self._key, HIDDEN) if self._key else text
         line = " ".join(hidden.split())
         return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+
+
+def untried(endpoint: EndpointConfig) -> Learned:
+    """What is known of an address before the first request."""
+    return Learned(FORMATS if endpoint.response_format == "auto" else (endpoint.response_format,))
 
 
 def response_format(form: str, schema: Mapping[str, Any]) -> dict[str, Any]:

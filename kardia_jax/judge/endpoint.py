@@ -19,7 +19,7 @@ from typing import Any
 
 from kardia_jax.config.judge import EndpointConfig, JudgeSamplingConfig, TrafficConfig
 from kardia_jax.judge.cache import VerdictCache
-from kardia_jax.judge.chat import ChatServer
+from kardia_jax.judge.chat import ChatServer, untried
 from kardia_jax.judge.stats import JudgeStats
 from kardia_jax.judge.traffic import Sent, Traffic, Trouble, together
 from kardia_jax.rewards.rubric import (
@@ -58,6 +58,7 @@ class EndpointJudge:
         self._endpoint, self._sampling, self._key, self._cache = endpoint, sampling, key, cache
         self._stats = JudgeStats(endpoint.price_prompt, endpoint.price_completion)
         self._traffic = Traffic(endpoint.base_urls, traffic, self._stats)
+        self._learned = {url: untried(endpoint) for url in endpoint.base_urls}
         self._servers: tuple[asyncio.AbstractEventLoop, list[ChatServer]] | None = None
         self._identity = identity(endpoint, sampling, rubric)
 
@@ -141,8 +142,8 @@ class EndpointJudge:
         loop = asyncio.get_running_loop()
         if self._servers is None or self._servers[0] is not loop:
             made = [
-                ChatServer(url, self._endpoint, self._sampling, self._key, self._stats)
-                for url in self._endpoint.base_urls
+                ChatServer(url, learned, self._endpoint, self._sampling, self._key, self._stats)
+                for url, learned in self._learned.items()
             ]
             self._servers = loop, made
         return self._servers[1]

@@ -17,6 +17,7 @@ from kardia_jax.judge.cache import VerdictCache, cache_path
 from kardia_jax.judge.protocol import Judge
 from kardia_jax.judge.replay import Recorder, ReplayJudge
 from kardia_jax.judge.rules.judge import RULES, RuleJudge
+from kardia_jax.judge.secret import secret_of
 from kardia_jax.rewards.rubric import Rubric
 
 Maker = Callable[[JudgeConfig, Rubric], Judge]
@@ -67,7 +68,7 @@ def remote(config: JudgeConfig, rubric: Rubric) -> Judge:
             raise
         fix = "pip install 'kardia_jax[judge]'"
         raise ConfigError("judge.kind", "the package httpx2 for remote", "none installed", fix) from error
-    token = os.environ.get(config.remote.token_env, "").strip()
+    token = secret_of(config.remote.token_env, os.environ)
     return RemoteJudge(config.remote, config.traffic, rubric, token)
 
 
@@ -91,7 +92,7 @@ def key_of(config: EndpointConfig, environment: Mapping[str, str]) -> str:
     """The key from the variable that the config names; empty where it names none."""
     if not config.key_env:
         return ""
-    key = environment.get(config.key_env, "").strip()
+    key = secret_of(config.key_env, environment)
     if not key:
         fix = f"export {config.key_env}=..., or leave judge.endpoint.key_env empty for a server without a key."
         raise ConfigError("judge.endpoint.key_env", "a variable that holds the key", config.key_env, fix)

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from kardia_jax.config.judge import RemoteConfig, TrafficConfig
 from kardia_jax.judge.limits import retry_after
 from kardia_jax.judge.protocol import JudgeUnusableError
+from kardia_jax.judge.secret import hide
 from kardia_jax.judge.stats import JudgeStats
 from kardia_jax.judge.traffic import Sent, Traffic, Trouble
 from kardia_jax.judge.wire import (
@@ -167,7 +168,7 @@ class RemoteJudge:
             said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise Trouble("connection_errors", said, retryable=True) from None
         if response.status_code != 200:
-            raise refusal(response, url, self._config.token_env, time.time())
+            raise refusal(response, url, self._config.token_env, time.time(), self._token)
         return Sent(self._read(response, url, [one.request for one in batch]), None)
 
     def _read(self, response: httpx2.Response, url: str, requests: Sequence[JudgeRequest]) -> list[Answer]:
@@ -186,9 +187,12 @@ class RemoteJudge:
         return [complete(self._rubric, request, answer_from_wire(answer)) for request, answer in pairs]
 
 
-def refusal(response: httpx2.Response, url: str, token_env: str, now: float) -> Trouble | JudgeUnusableError:
-    """What a status other than 200 means: wait, give this batch up, or stop the run. ``now``: seconds since 1970."""
-    status, (code, message) = response.status_code, _told(response)
+def refusal(
+    response: httpx2.Response, url: str, token_env: str, now: float, token: str = ""
+) -> Trouble | JudgeUnusableError:
+    """What a status other than 200 means: wait, give this batch up, or stop the run. ``now``: seconds since 1970;
+    ``token`` stands in no message, whatever the server says."""
+    status, (code, message) = response.status_code, _told(hide(response.text, token))
     words, later = f"status {status}: {message}", retry_after(response.headers.get("retry-after"), now)
     if code in ADVICE or status in (401, 403, 404, 405):
         fix = ADVICE.get(code, "Is it `kardia judge serve` that listens there?").format(token_env=token_env)
@@ -211,12 +215,12 @@ ADVICE = {
 """Refusals of ``kardia judge serve`` that only a person can mend, and what else to say about them."""
 
 
-def _told(response: httpx2.Response) -> tuple[str, str]:
+def _told(body: str) -> tuple[str, str]:
     """Code and message where the words are ours; the beginning of a strange body otherwise."""
     try:
-        error = ErrorResponse.model_validate_json(response.content).error
+        error = ErrorResponse.model_validate_json(body).error
     except ValidationError:
-        return "", repr(response.text[:120])
+        return "", repr(body[:120])
     return error.code, error.message
 
 

@@ -45,6 +45,8 @@ class Compute:
     """Who computes attention of prompts and whole completions; see ``backends.py``."""
     mesh: Mesh | None = None
     """Where programs run; None: on one device. See ``sharding.py``."""
+    apart: bool = False
+    """The mesh is the sampler's own: parameters lie elsewhere and are sent there."""
 
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up")

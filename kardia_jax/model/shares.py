@@ -1,8 +1,8 @@
 """Which rows are whose: what part of a batch lies on the devices of this process, and how parts become a whole.
 
-The rows of a batch are cut over ``data`` and ``fsdp`` (``sharding.py``). A process holds the rows of its own devices and
-no others: it reads their prompts, keeps what they sampled and asks the judge about them. With 4 prompts in 2 updates, 2
-processes of 2 devices and a mesh of data 2 x tensor 2
+The rows of a batch are cut over ``data`` and ``fsdp`` (``sharding.py``). A process holds the rows of its own devices
+and no others: it reads their prompts, keeps what they sampled and asks the judge about them. With 4 prompts in 2
+updates, 2 processes of 2 devices and a mesh of data 2 x tensor 2
 
     part 0, process 0      prompts 0 and 2        the first half of the first update, and of the second
     part 1, process 1      prompts 1 and 3        the second half of each

@@ -13,7 +13,6 @@ one step with their lengths, rewards and scores. Out: plain floats; NaN where a 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -22,15 +21,6 @@ from kardia_jax.rewards.combine import Scores
 from kardia_jax.rewards.rubric import is_item
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """Mean and population standard deviation of ``count`` numbers."""
-
-    mean: float
-    std: float
-    count: int
 
 
 def words(text: str) -> list[str]:
@@ -88,15 +78,6 @@ def length_reward_correlation(
     if len(lengths) < 2 or np.all(lengths == lengths[0]) or np.all(rewards == rewards[0]):
         return float("nan")
     return float(np.corrcoef(lengths, rewards)[0, 1])
-
-
-def criterion_statistics(scores: Sequence[Scores]) -> dict[str, Statistic]:
-    """Mean and spread of each criterion's marks over the completions that have a verdict."""
-    marks: dict[str, list[float]] = {}
-    for score in scores:
-        for name, mark in (score.marks or {}).items():
-            marks.setdefault(name, []).append(mark)
-    return {name: Statistic(float(np.mean(got)), float(np.std(got)), len(got)) for name, got in marks.items()}
 
 
 def criterion_means(scores: Sequence[Scores]) -> dict[str, float]:

@@ -37,6 +37,11 @@ Generate = Callable[..., Rollouts]
 """``roll_out`` after its first two arguments."""
 
 
+def stay(params: Params) -> Params:
+    """The parameters where they are."""
+    return params
+
+
 class Programs(NamedTuple):
     """The functions of ``sampler.py``, compiled for one model; made in ``programs.py``."""
 
@@ -46,6 +51,8 @@ class Programs(NamedTuple):
     decode: Callable[..., Rows]
     grow: Callable[..., Rows]
     keep: Callable[..., Rows]
+    sent: Callable[[Params], Params] = stay
+    """The parameters where sampling happens: on the sampler's own devices if it has any."""
     share: Share = WHOLE
     """Of the rows, which devices (or groups of devices) share out, and these among the processes of the run."""
     shared_out: Callable[[Any], Any] = lambda rows: rows
@@ -91,6 +98,7 @@ def roll_out(
     A row's numbers depend on its own key alone. ``stop_ids`` holds every id that ends a completion; the stop token is
     part of the completion. No more than ``rows`` rows are decoded at once, in whole groups and at least one; 0: all.
     """
+    params = programs.sent(params)
     asked = Request(params, prompt_tokens, prompt_lengths, keys, pad_id)
     own, group = keys.shape
     prompts, shards = own * programs.share.parts, len(programs.share.owners)

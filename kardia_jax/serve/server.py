@@ -14,6 +14,7 @@ import uvicorn
 
 from kardia_jax.config import ConfigError, ServeConfig
 from kardia_jax.judge.protocol import Judge
+from kardia_jax.judge.secret import secret_of
 from kardia_jax.rewards.rubric import Rubric
 from kardia_jax.serve.app import Service, make_app
 from kardia_jax.serve.worker import JudgeWorker
@@ -49,15 +50,13 @@ def read_token(settings: ServeConfig) -> str | None:
     Raises ConfigError for an address beyond loopback without a token, and for a token that no header can carry.
     """
     name = settings.token_env
-    token = os.environ.get(name, "")
+    token = secret_of(name, os.environ)
     if not token:
         wanted = f"a token in the environment variable {name} to listen on {settings.host}"
         fix = f"Set one: export {name}=$(openssl rand -hex 32); or listen on 127.0.0.1."
         if not settings.loopback:
             raise ConfigError("host", wanted, "none", fix)
         return None
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigError(name, "printable ASCII without blanks", "something else (not shown)")
     return token
 
 

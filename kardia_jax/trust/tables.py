@@ -51,7 +51,7 @@ def parts(probe: Probe) -> Iterator[RenderableType]:
 
 def by_criterion(probe: Probe) -> Table:
     """Agreement, order and spread."""
-    table = _table("", "marks", "within band", "error", "bias", "rank corr.", "std", "top mark", "allowed")
+    table = make_table("", "marks", "within band", "error", "bias", "rank corr.", "std", "top mark", "allowed")
     for name, report in probe.criteria.items():
         table.add_row(name, *_cells(report))
     table.add_section()
@@ -63,10 +63,10 @@ def _cells(report: CriterionReport) -> list[str]:
     return [
         str(report.marks),
         _share(report.within),
-        _number(report.error),
-        _number(report.bias, "+.2f"),
-        _number(report.rank_correlation),
-        _number(report.deviation),
+        number(report.error),
+        number(report.bias, "+.2f"),
+        number(report.rank_correlation),
+        number(report.deviation),
         _share(report.top_share),
         _share(report.top_allowed),
     ]
@@ -74,7 +74,7 @@ def _cells(report: CriterionReport) -> list[str]:
 
 def by_kind(probe: Probe) -> Table:
     """Adversarial replies by what they try, and how many get no mark above what they deserve."""
-    table = _table("adversarial replies", "caught", "of")
+    table = make_table("adversarial replies", "caught", "of")
     for kind, (caught, judged) in probe.caught.items():
         table.add_row(kind.replace("_", " "), str(caught), str(judged))
     table.add_section()
@@ -84,7 +84,7 @@ def by_kind(probe: Probe) -> Table:
 
 def sentences(probe: Probe) -> Iterator[str]:
     """What the numbers without a table say."""
-    units = ", ".join(f"{kind} {_number(unit)}" for kind, unit in probe.units.items())
+    units = ", ".join(f"{kind} {number(unit)}" for kind, unit in probe.units.items())
     yield f"unit mark by kind: {units}"
     yield f"order: in {_share(probe.pairs_right)} of {probe.pairs} pairs the good reply gets more than the worse one"
     yield f"scale: {_scale(probe)}"
@@ -96,7 +96,9 @@ def sentences(probe: Probe) -> Iterator[str]:
 def furthest_off(misses: tuple[Miss, ...]) -> Table:
     """The marks that lie furthest outside their bands, with the judge's own reasons."""
     shown = misses[:SHOWN_MISSES]
-    table = _table(f"furthest off ({len(shown)} of {len(misses)})", "criterion", "mark", "band", "the judge's reason")
+    table = make_table(
+        f"furthest off ({len(shown)} of {len(misses)})", "criterion", "mark", "band", "the judge's reason"
+    )
     for column in table.columns[1:]:
         column.justify = "left"
     table.columns[0].no_wrap = True
@@ -139,11 +141,12 @@ def _retest(probe: Probe) -> str:
     if probe.repeats == 1:
         return "needs --repeats 2"
     return (
-        f"{_share(probe.same_again)} of the marks are the same again, mean difference {_number(probe.difference_again)}"
+        f"{_share(probe.same_again)} of the marks are the same again, mean difference {number(probe.difference_again)}"
     )
 
 
-def _table(first: str, *others: str) -> Table:
+def make_table(first: str, *others: str) -> Table:
+    """A table whose first column is on the left and the others on the right."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column(first)
     for name in others:
@@ -155,5 +158,6 @@ def _share(value: float) -> str:
     return DASH if math.isnan(value) else f"{value:.0%}"
 
 
-def _number(value: float, form: str = ".2f") -> str:
+def number(value: float, form: str = ".2f") -> str:
+    """The number, or a dash where it is not defined."""
     return DASH if math.isnan(value) else f"{value:{form}}"

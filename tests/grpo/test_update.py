@@ -212,8 +212,28 @@ def test_a_batch_without_a_loss_row_changes_no_parameter():
         assert metrics["skipped"] == 1
 
 
+def test_without_evidence_neither_decay_nor_momentum_moves_a_parameter():
+    # A gradient of exactly 0 would: AdamW decays the kernels and goes on by the moments of the step before.
+    adamw = optax.adamw(0.1, weight_decay=0.5)
+    update = small_update("grpo", 2, adamw)
+    before, _ = update(init_state(small_params(), adamw), small_batch())
+    nothing = small_batch()._replace(loss_rows=jnp.zeros((P, G), bool))
+    after, metrics = update(before, nothing)
+    equal_bits((after.params, after.opt_state), (before.params, before.opt_state))
+    assert (int(after.step), int(after.bad_steps)) == (2, 0)
+    assert (float(metrics["skipped"].sum), float(metrics["update_norm"].sum)) == (1, 0)
+    moved, _ = adamw.update(jax.tree.map(jnp.zeros_like, before.params), before.opt_state, before.params)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(moved))
+
+
+def test_a_step_without_evidence_neither_adds_to_the_bad_ones_nor_forgives_them():
+    update, nothing = small_update("grpo", 2, ADAM), small_batch()._replace(loss_rows=jnp.zeros((P, G), bool))
+    state, _ = update(init_state(small_params(), ADAM), spoilt("nan advantage")[1])
+    state, _ = update(state, nothing)
+    assert int(state.bad_steps) == 1
+
+
 def test_two_devices_learn_what_one_does():
-    assert len(jax.devices()) == 2
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def place(x):

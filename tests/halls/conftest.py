@@ -35,6 +35,7 @@ from kardia_jax.policies import Policy, load_policy
 from kardia_jax.rewards.kardia_five import KARDIA_FIVE
 from kardia_jax.rewards.rubric import JudgeFailure, JudgeRequest, Mark, Verdict
 from kardia_jax.scoring import Grader
+from kardia_jax.types import GroupBatch
 
 NANO = dataclasses.replace(TINY, family="qwen3", width=16, mlp_width=32, layers=1, heads=2, kv_heads=1, head_dim=8)
 # Long enough that every prompt, one turn or two, is padded to the same 96 positions: one shape, one compilation.
@@ -189,6 +190,26 @@ def grader_of() -> Callable[..., Grader]:
         return Grader(judge or FakeJudge(frozenset(silent)), KARDIA_FIVE, RewardConfig(**(weights or {})))
 
     return make
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[GroupBatch]:
+    """Batches as they reach the first update of each step."""
+    seen: list[GroupBatch] = []
+    original = train.minibatches
+
+    def keep(batch, grpo):
+        seen.append(jax.device_get(batch))
+        return original(batch, grpo)
+
+    monkeypatch.setattr(train, "minibatches", keep)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def fake_verdict() -> Callable[[JudgeRequest], Verdict]:
+    """The verdict of the fake judge on one completion."""
+    return FakeJudge().verdict
 
 
 @pytest.fixture(scope="session")

@@ -131,6 +131,26 @@ def test_bookkeeping_and_evaluation_may_change_on_resume(config_of):
     assert latest_step(config_of().run.dir / "checkpoints") == 4
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("judge.endpoint.base_urls", ("http://10.0.0.1:8000/v1",)),
+        ("judge.remote.urls", ("http://10.0.0.1:8600",)),
+        ("judge.remote.batch", 8),
+        ("judge.local.max_tokens_per_batch", 8192),
+        ("judge.traffic.concurrency", 4),
+        ("judge.cache.path", "off"),
+        ("judge.audit.every", 5),
+        ("judge.max_failure_share", 0.25),
+    ],
+)
+def test_a_run_goes_on_with_a_judge_that_is_reached_in_another_way(config_of, field, value):
+    kind = {"judge.kind": "remote"}
+    walk(config_of(kind), until=2)
+    walk(config_of({**kind, field: value, "run.resume": True}))
+    assert latest_step(config_of().run.dir / "checkpoints") == 4
+
+
 def test_what_is_compared_holds_the_seed_and_no_bookkeeping(config_of):
     compared = comparable(config_of({"run.seed": 7}))
     assert compared["seed"] == 7

@@ -41,20 +41,6 @@ def without_clocks(rows):
     return [{k: v for k, v in one.items() if not k.startswith(clocks) and k not in anew} for one in rows]
 
 
-@pytest.fixture
-def captured(monkeypatch):
-    """Batches as they reach the first update of each step."""
-    seen: list[GroupBatch] = []
-    original = train.minibatches
-
-    def keep(batch, grpo):
-        seen.append(jax.device_get(batch))
-        return original(batch, grpo)
-
-    monkeypatch.setattr(train, "minibatches", keep)
-    return seen
-
-
 @pytest.mark.usefixtures("every_text_counts")
 def test_a_run_learns_and_its_files_tell_all(config_of, fresh_policy, grader_of, read_lines, nano_policy):
     config = config_of()

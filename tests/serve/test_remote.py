@@ -170,6 +170,14 @@ def test_a_status_from_something_in_between_says_whether_to_ask_again(status, he
     assert "a proxy" in trouble.reason
 
 
+@pytest.mark.parametrize("status", [401, 403, 418, 500])
+def test_a_server_that_repeats_the_token_does_not_put_it_into_a_message(status):
+    for body in ("you sent Bearer abc-123", '{"error": {"code": "x", "message": "Bearer abc-123?"}}'):
+        said = str(refusal(httpx2.Response(status, text=body), "http://judge", "TOKEN", now=0.0, token="abc-123"))
+        assert "abc-123" not in said
+        assert "Bearer [secret]" in said
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 405])
 def test_a_server_that_is_no_judge_stops_the_run(status):
     error = refusal(httpx2.Response(status, text="nginx"), "http://judge", "TOKEN", now=0.0)

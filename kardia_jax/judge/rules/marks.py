@@ -1,7 +1,7 @@
 """The five rules: each reads a ``View`` and gives a whole mark from 1 to 5 with its reason.
 
 Every rule is a cascade: the first line that fits decides. The marks follow the level descriptions of
-``rewards/kardia_five.py``; what each rule looks at is told in ``judge/rules/__init__.py``.
+``rewards/rubrics/kardia_five.yaml``; what each rule looks at is told in ``judge/rules/__init__.py``.
 
 >>> from kardia_jax.judge.rules.view import look
 >>> from kardia_jax.rewards.rubric import JudgeRequest

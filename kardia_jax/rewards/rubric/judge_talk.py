@@ -16,6 +16,8 @@ defences, beside the fence around quoted text and the judge's own instructions.
 import re
 import unicodedata
 
+from kardia_jax.rewards.rubric.unseen import UNSEEN
+
 _JUDGE = r"(?:judge|grader|evaluator|rater|scorer|examiner|assessor)"
 _TEXT = r"(?:reply|response|answer|message|output|completion|reasoning|text|conversation)"
 _GRADE = r"(?:mark|score|grade|rating)s?"
@@ -50,14 +52,13 @@ _PATTERNS = (
     r"\[/?INST\]|<</?SYS>>|(?:^|\n)\s*(?:#+\s*)?(?:system|assistant)\s*:",
 )
 _ANY = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.IGNORECASE)
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
 _BREAKS = re.compile(r"[^\S\n]*\n\s*")
 _BLANKS = re.compile(r"[^\S\n]+")
 
 
 def addresses_judge(text: str) -> str:
     """The words with which ``text`` speaks to its judge, at most 60 characters of them, or ""."""
-    plain = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    plain = UNSEEN.sub("", unicodedata.normalize("NFKC", text))
     # Runs of white space become one character, so no pattern has to try a long run from each of its places.
     found = _ANY.search(_BREAKS.sub("\n", _BLANKS.sub(" ", plain)))
     words = " ".join(found[0].split()).strip(" .!?*[(#") if found else ""

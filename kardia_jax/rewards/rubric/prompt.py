@@ -27,6 +27,7 @@ from typing import NamedTuple
 from kardia_jax.dialogue.dataset import RubricItem
 from kardia_jax.rewards.rubric.criteria import SPANS, Criterion, Rubric, Span, views, with_items
 from kardia_jax.rewards.rubric.judge_talk import addresses_judge
+from kardia_jax.rewards.rubric.unseen import HIDING
 from kardia_jax.rewards.rubric.vetoes import LOWEST
 
 
@@ -132,10 +133,6 @@ def _material(sees: Sequence[Span], request: JudgeRequest) -> list[str]:
 
 # What tokenizers of the common families read as one control token: <|im_end|>, <start_of_turn>, </s>, [INST].
 _TOKEN_START = re.compile(r"<(?=[|｜/<A-Za-z_])|\[(?=/?[A-Z_]{2,}\])")
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
-)
 
 
 def fence(text: str) -> str:
@@ -145,7 +142,7 @@ def fence(text: str) -> str:
 
 def _harmless(line: str) -> str:
     apart = _TOKEN_START.sub(lambda found: f"{found[0]} ", line)
-    return _UNSEEN.sub(lambda found: f"\\u{{{ord(found[0]):x}}}", apart)
+    return HIDING.sub(lambda found: f"\\u{{{ord(found[0]):x}}}", apart)
 
 
 def _talk(history: Sequence[tuple[str, str]]) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kardia_jax.rewards.rubric.judge_talk import addresses_judge
+from kardia_jax.rewards.rubric.unseen import UNSEEN
 
 LOWEST, HIGHEST = 1, 5
 """The ends of every criterion's scale."""
@@ -102,7 +103,8 @@ class Veto:
 
 
 def evidence(rule: Rule, text: str) -> str:
-    """What in ``text`` breaks the rule, or ""."""
+    """What in ``text`` breaks the rule, or ""; characters that nobody sees break no phrase in two."""
+    text = UNSEEN.sub("", text)
     match rule:
         case MaxWords(limit):
             count = len(text.split())

@@ -8,12 +8,35 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kardia_jax.config import EndpointConfig, JudgeSamplingConfig, TrafficConfig
 from kardia_jax.rewards.rubric import JudgeRequest, Rubric
 from kardia_jax.rewards.rubric.files import load_rubric
+
+if TYPE_CHECKING:
+    from kardia_jax.judge.cache import VerdictCache
+    from kardia_jax.judge.endpoint import EndpointJudge
+
+QUICK = {"backoff_seconds": 0.01, "breaker_seconds": 0.05, "call_seconds": 20.0, "deadline_seconds": 40.0}
+"""Traffic control for tests: everything waits, but briefly."""
+
+
+def endpoint_judge(
+    *urls: str, rubric: Rubric, cache: "VerdictCache | None" = None, key: str = "", **fields: Any
+) -> "EndpointJudge":
+    """An endpoint judge; fields go to the part of the config that has them."""
+    # Every test run loads this module; the client library takes a while to import.
+    from kardia_jax.judge.endpoint import EndpointJudge
+
+    def of(kind: type) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if name in kind.__dataclass_fields__}
+
+    endpoint = EndpointConfig(**{"base_urls": urls, "model": "m", **of(EndpointConfig)})
+    traffic = TrafficConfig(**{**QUICK, **of(TrafficConfig)})
+    return EndpointJudge(endpoint, JudgeSamplingConfig(**of(JudgeSamplingConfig)), traffic, rubric, key, cache)
 
 
 def marks_json(rubric: Rubric, mark: object = 4) -> str:
@@ -126,6 +149,7 @@ class Server:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.sleep(0.05)  # closed connections are taken down by the loop
 
         def run() -> None:
             loop.run_until_complete(main())
@@ -175,6 +199,9 @@ def kit():
         marks_json = staticmethod(marks_json)
         completion = staticmethod(completion)
         rubric: Rubric = field(default_factory=lambda: load_rubric("kardia_five"))
+
+        def judge(self, *urls: str, rubric: Rubric | None = None, **fields: Any) -> "EndpointJudge":
+            return endpoint_judge(*urls, rubric=rubric or self.rubric, **fields)
 
         def good(self, delay: float = 0.0, mark: object = 4) -> Plan:
             return Plan(body=completion(marks_json(self.rubric, mark)), delay=delay)
