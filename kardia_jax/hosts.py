@@ -103,6 +103,8 @@ def joined(config: Config) -> Iterator[None]:
     watcher.start()
     try:
         require_agreement(config)
+        apart = config.mesh.sampler.devices
+        require(apart == 0 or alone(), "mesh.sampler.data", "0 in a run of several processes", apart)
         yield
     except Exception as error:
         watcher.stop()

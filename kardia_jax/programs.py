@@ -109,6 +109,19 @@ def in_place(function: Callable[..., Any], mesh: Mesh | None) -> Any:
     return jax.jit(function, donate_argnums=0) if mesh is None else InPlace(function, mesh)
 
 
+def _start_sums(mesh: Mesh, params: Params) -> Sums:
+    """``no_sums``, each where its parameter lies."""
+    leaves, tree = jax.tree.flatten(params)
+    return _sums_at(mesh, tree, tuple(leaf.sharding for leaf in leaves))(params)
+
+
+@functools.cache
+def _sums_at(mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Any:
+    count = everywhere(mesh)
+    out = Sums(jax.tree.unflatten(tree, places), Mean(count, count), count)
+    return jax.jit(on_mesh(mesh, no_sums), out_shardings=out)
+
+
 def make_start(optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Callable[[Params], TrainState]:
     """``init_state``, its moments where their parameters lie on the mesh; the parameters stay the caller's own."""
     if mesh is None:
@@ -391,5 +404,5 @@ def update_by_tokens(
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Mean]]:
         return apply_sums(state, sums, optimizer)
 
-    start = jax.jit(on_mesh(mesh, no_sums))
+    start = jax.jit(no_sums) if mesh is None else functools.partial(_start_sums, mesh)
     return UpdateByTokens(budget, shortest, in_place(accumulate, mesh), in_place(apply, mesh), start, mesh=mesh)

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from kardia_jax.config import ConfigError
+from kardia_jax.config.errors import require
 from kardia_jax.hosts import alone, gathered
 from kardia_jax.model.sharding import row_shards
 
@@ -67,6 +68,8 @@ def share_of(mesh: Mesh | None) -> Share:
     Raises ConfigError for a mesh over which no such parts can be made: where processes share some rows and not others.
     """
     if mesh is None:
+        fix = "Set mesh.data or mesh.fsdp to -1: the devices of all processes."
+        require(alone(), "mesh", f"the devices of all {jax.process_count()} processes", "1x1x1", fix)
         return WHOLE
     grid = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(row_shards(mesh), -1)
     held: dict[frozenset[int], list[int]] = {}
