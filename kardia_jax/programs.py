@@ -213,11 +213,12 @@ def shape_of(batch: GroupBatch) -> str:
 
 
 def compute_for(config: ModelConfig, mesh: Mesh | None = None) -> Compute:
-    """The compute settings of this machine: what the config leaves open is float32 and small slices on CPU, bfloat16
-    and large ones elsewhere."""
-    native, chunk = ("float32", 128) if jax.default_backend() == "cpu" else ("bfloat16", 1024)
+    """The compute settings of this machine: what the config leaves open is float32 and small slices of the vocabulary
+    on CPU, bfloat16 and the whole of it elsewhere."""
+    native, rows = ("float32", 1024) if jax.default_backend() == "cpu" else ("bfloat16", 0)
     dtype = native if config.dtype == "auto" else config.dtype
-    return Compute(dtype, config.remat, config.head_chunk or chunk, config.unroll, config.attention, mesh)
+    chunks = config.head_chunk, config.vocab_chunk or rows
+    return Compute(dtype, config.remat, *chunks, config.unroll, config.attention, mesh)
 
 
 def sampling_compute(spec: ModelSpec, compute: Compute, config: MeshConfig) -> Compute:

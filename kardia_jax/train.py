@@ -245,11 +245,12 @@ def minibatches(batch: GroupBatch, grpo: GrpoConfig) -> list[GroupBatch]:
 
 
 def advantages_of(graded: Graded, sampled: Sampled, config: Config) -> tuple[Float[Array, "P G"], dict[str, float]]:
-    """Advantages of the step, and how much signal its groups carry."""
+    """Advantages of the step, and how much signal its groups carry; a group with too few verdicts is in none of it."""
     grpo, combined = config.grpo, graded.combined
     lengths = jnp.asarray(sampled.rollouts.lengths)
     penalty = soft_overlong_penalty(lengths, grpo.sampler.max_new_tokens, grpo.loss.overlong_buffer)
-    rewards, valid = jnp.asarray(combined.rewards_P_G, jnp.float32) + penalty, jnp.asarray(combined.valid_P_G)
+    rewards = jnp.asarray(combined.rewards_P_G, jnp.float32) + penalty
+    valid = jnp.asarray(combined.valid_P_G) & enough_verdicts(graded, config.judge.min_valid)
     terms, weights = (
         jnp.asarray(combined.terms_P_G_K, jnp.float32),
         jnp.asarray(combined.term_weights_K, jnp.float32),

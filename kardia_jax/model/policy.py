@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kardia_jax.model.attention import Scoring, Window
 from kardia_jax.model.backends import Wanted, completion_attention, prompt_attention
 from kardia_jax.model.embedding import looked_up
-from kardia_jax.model.head import model_logits, token_logprobs
+from kardia_jax.model.head import Slices, model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, norm, rotations, stacked_kinds, turn_of
 from kardia_jax.model.sharding import Column
 from kardia_jax.model.spec import ModelSpec
@@ -39,6 +39,8 @@ class Compute:
     """Recomputed in the backward pass: nothing, every block, or everything but products with weights."""
     head_chunk: int = 1024
     """Completion tokens per slice of the LM head."""
+    vocab_chunk: int = 0
+    """Rows of its table per slice; 0: all."""
     unroll: int = 1
     """Blocks per trip of the scan over layers."""
     attention: Wanted = "auto"
@@ -147,7 +149,7 @@ def group_logprobs(
         keep.reshape(-1),
         jnp.asarray(temperature, jnp.float32),
         spec.sampled_tokens,
-        compute.head_chunk,
+        Slices(compute.head_chunk, compute.vocab_chunk),
         spec.final_softcap,
     )
     return logprobs.reshape(shape), entropy.reshape(shape)
