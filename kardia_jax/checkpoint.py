@@ -38,6 +38,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt
 
+from kardia_jax.hosts import anyone, is_first
 from kardia_jax.placement import HOST, on_device
 from kardia_jax.types import TrainState
 
@@ -67,9 +68,10 @@ class Checkpoints:
     def __init__(self, dir: pathlib.Path, keep: int = 2):
         self.dir = _absolute(dir)
         dir.mkdir(parents=True, exist_ok=True)
-        for path in interrupted(dir):
+        for path in interrupted(dir) if is_first() else ():
             print(f"Removing {path}: it was interrupted and is not complete.", file=sys.stderr)
             shutil.rmtree(path)
+        anyone(False)  # None of several processes goes on before that.
         self._needed = 0
         self._manager = _manager(self.dir, max_to_keep=keep)
 
@@ -119,7 +121,7 @@ class Checkpoints:
         self.close()
 
     def _failure(self, error: Exception) -> CheckpointError:
-        for path in interrupted(self.dir):
+        for path in interrupted(self.dir) if is_first() else ():
             shutil.rmtree(path, ignore_errors=True)
         if _disk_is_full(error):
             return CheckpointError(_full_disk_message(self.dir, self._needed))

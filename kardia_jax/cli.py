@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -155,8 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"verb: wanted one of {', '.join(VERBS)}, got {verb!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
+    return _outcome(verb, lambda: VERBS[verb](arguments))
+
+
+def _outcome(verb: str, work: Callable[[], int | None]) -> int:
+    """Does the work of a verb and says what went wrong; returns the exit code."""
     try:
-        return VERBS[verb](arguments) or 0
+        return work() or 0
     except (ValueError, OSError) as error:
         if not _is_ours(error):
             raise
@@ -182,8 +188,13 @@ def _is_ours(error: Exception) -> bool:
     return type(error).__module__.startswith("kardia_jax")
 
 
+SHORT = {f"--{name}": f"--hosts.{name}" for name in ("coordinator", "processes", "process")}
+"""What is typed by hand, on every host."""
+
+
 def read_config(verb: str, arguments: list[str]) -> Config:
     """The config file, if the first argument is one, with the overrides that follow it."""
+    arguments = [SHORT.get(argument, argument) for argument in arguments]
     base = config_file(arguments)
     return tyro.cli(Config, prog=f"kardia {verb}", args=arguments, default=base)
 
@@ -227,8 +238,34 @@ def _demo(arguments: list[str]) -> None:
     run_demo(args.config, args.seeds)
 
 
-def _sft(arguments: list[str]) -> None:
-    config = read_config("sft", arguments)
+def _sft(arguments: list[str]) -> int:
+    return _in_processes("sft", read_config("sft", arguments), _train_sft)
+
+
+def _grpo(arguments: list[str]) -> int:
+    return _in_processes("grpo", read_config("grpo", arguments), _train_grpo)
+
+
+def _in_processes(verb: str, config: Config, train: Callable[[Config], None]) -> int:
+    """Runs it in this process and those that belong to it; one that fails must not wait for the others to end."""
+    from kardia_jax.hosts import end_if_joined, joined
+
+    def run() -> None:
+        with joined(config):
+            train(config)
+
+    try:
+        code = _outcome(verb, run)
+    except Exception:
+        traceback.print_exc()
+        end_if_joined(1)
+        raise
+    if code:
+        end_if_joined(code)
+    return code
+
+
+def _train_sft(config: Config) -> None:
     from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
     from kardia_jax.model.sharding import make_mesh
@@ -240,8 +277,7 @@ def _sft(arguments: list[str]) -> None:
     export_final(config, policy, "sft")
 
 
-def _grpo(arguments: list[str]) -> None:
-    config = read_config("grpo", arguments)
+def _train_grpo(config: Config) -> None:
     from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.export import export_final
     from kardia_jax.model.sharding import make_mesh

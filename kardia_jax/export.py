@@ -19,8 +19,10 @@ from kardia_jax.hf.convert import KeptDtype, convert
 from kardia_jax.hf.gguf import is_gguf
 from kardia_jax.hf.peft import require_adapter_target, save_adapter
 from kardia_jax.hf.write import require_apart, save_directory
+from kardia_jax.hosts import is_first
 from kardia_jax.model.lora import merged_model
 from kardia_jax.observe.intervals import Interval
+from kardia_jax.placement import everybodys
 from kardia_jax.policies import Policy, load_policy
 
 Verb = Literal["sft", "grpo"]
@@ -88,7 +90,9 @@ def export_adapter(config: Config, policy: Policy, target: pathlib.Path, overwri
         raise ConfigError("adapter", "a run with model.lora.rank above 0", 0, "Export the model itself.")
     base = config.model.source
     card = ADAPTER_CARD.format(base=base)
-    save_adapter(target, policy.lora, jax.device_get(policy.params), policy.spec, base, card, overwrite)
+    adapter = jax.tree.map(everybodys, policy.params)
+    if is_first():
+        save_adapter(target, policy.lora, adapter, policy.spec, base, card, overwrite)
 
 
 def export(

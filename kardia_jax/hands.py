@@ -10,14 +10,15 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from kardia_jax.dialogue.prompt import Prompt
 from kardia_jax.judging import Grading
-from kardia_jax.rollout.engine import Sampled, Sampler, pad_rows, text_of
+from kardia_jax.model.shares import Rows
+from kardia_jax.placement import own_rows
+from kardia_jax.rollout.engine import SHORTEST, Sampled, Sampler, pad_rows, text_of
 from kardia_jax.types import GroupBatch, Rollouts
 
 AT_SAMPLING = ("old_logprobs", "entropy_floor")
@@ -28,26 +29,34 @@ class Hand(NamedTuple):
     """One step's rollouts; the device may still be computing the batch, and the judge the verdicts."""
 
     asked: Sequence[Prompt]
+    """Of all processes."""
     sampled: Sampled
+    """Of this process."""
     batch: GroupBatch
     """With old and reference log-probs where the loss reads them; without advantages."""
     grading: Grading
 
 
-def packed(hand: Hand) -> dict[str, Any]:
-    """The hand as JSON; waits for the device."""
+def packed(hand: Hand, rows: Rows | None = None) -> dict[str, Any]:
+    """The hand as JSON, the rows of all processes in the order of the batch; waits for the device."""
     fields = hand.batch._asdict()
     at_sampling = {name: fields[name] for name in AT_SAMPLING if fields[name] is not None}
-    arrays = jax.device_get(hand.sampled.rollouts._asdict() | at_sampling)
+    arrays = own_rows(hand.sampled.rollouts._asdict() | at_sampling)
+    if rows is not None:
+        arrays = {name: rows.whole(array) if np.ndim(array) else array for name, array in arrays.items()}
     return {name: _written(np.asarray(array)) for name, array in arrays.items()}
 
 
 def taken_up(
-    document: Mapping[str, Any], sampler: Sampler, asked: Sequence[Prompt], grading: Grading
+    document: Mapping[str, Any], sampler: Sampler, asked: Sequence[Prompt], grading: Grading, rows: Rows | None = None
 ) -> tuple[Sampled, dict[str, Array]]:
     """What was packed, for the same prompts, and those fields of ``AT_SAMPLING`` that the batch had; every text goes to
-    the judge again."""
+    the judge again. In a run of several processes each takes up its own rows, however many saved them."""
     arrays = {name: _read(written) for name, written in document.items()}
+    room = max(len(prompt.tokens) for prompt in asked)
+    if rows is not None:
+        asked = [asked[place] for place in rows.own]
+        arrays = {name: array[rows.own] if array.ndim else array for name, array in arrays.items()}
     rollouts = Rollouts(**{name: arrays[name] for name in Rollouts._fields})
     texts_P_G = [
         [text_of(sampler, row[:length]) for row, length in zip(rows, lengths, strict=True)]
@@ -56,7 +65,8 @@ def taken_up(
     for p, texts in enumerate(texts_P_G):
         for g, text in enumerate(texts):
             grading.finished(p, g, text)
-    sampled = Sampled(*pad_rows([prompt.tokens for prompt in asked], sampler.pad_id), rollouts, texts_P_G)
+    prompts = pad_rows([prompt.tokens for prompt in asked], sampler.pad_id, max(SHORTEST, room))
+    sampled = Sampled(*prompts, rollouts, texts_P_G)
     return sampled, {name: jnp.asarray(arrays[name]) for name in AT_SAMPLING if name in arrays}
 
 

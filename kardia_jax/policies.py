@@ -34,6 +34,7 @@ from kardia_jax.model.policy import init
 from kardia_jax.model.shapes import named_shape
 from kardia_jax.model.sharding import check_mesh, shardings
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.placement import put
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import Sampler
 from kardia_jax.types import NOTHING, Params
@@ -119,7 +120,7 @@ def placed_policy(policy: Policy, mesh: Mesh | None) -> Policy:
     if mesh is None:
         return policy
     check_mesh(policy.spec, mesh)
-    params, frozen = (jax.device_put(tree, shardings(tree, mesh)) for tree in (policy.params, policy.frozen))
+    params, frozen = (jax.tree.map(put, tree, shardings(tree, mesh)) for tree in (policy.params, policy.frozen))
     return policy._replace(params=params, frozen=frozen)
 
 

@@ -35,6 +35,7 @@ from kardia_jax.grpo.update import (
     make_update,
     no_sums,
 )
+from kardia_jax.hosts import alone
 from kardia_jax.judge.sharing import SharedRows
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.backends import Machine
@@ -47,12 +48,12 @@ from kardia_jax.model.sharding import (
     everywhere,
     make_sampler_mesh,
     on_mesh,
-    row_shards,
     rows_sharding,
     shardings,
 )
+from kardia_jax.model.shares import share_of
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.placement import on_device, shared_out
+from kardia_jax.placement import Tree, on_device, own_rows, put, shared_out, to_host
 from kardia_jax.rollout import batching, sampler
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import SHORTEST
@@ -109,6 +110,19 @@ def in_place(function: Callable[..., Any], mesh: Mesh | None) -> Any:
     return jax.jit(function, donate_argnums=0) if mesh is None else InPlace(function, mesh)
 
 
+def _start_sums(mesh: Mesh, params: Params) -> Sums:
+    """``no_sums``, each where its parameter lies."""
+    leaves, tree = jax.tree.flatten(params)
+    return _sums_at(mesh, tree, tuple(leaf.sharding for leaf in leaves))(params)
+
+
+@functools.cache
+def _sums_at(mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Any:
+    count: Any = everywhere(mesh)
+    out = Sums(jax.tree.unflatten(tree, places), Mean(count, count), count)
+    return jax.jit(on_mesh(mesh, no_sums), out_shardings=out)
+
+
 def make_start(optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Callable[[Params], TrainState]:
     """``init_state``, its moments where their parameters lie on the mesh; the parameters stay the caller's own."""
     if mesh is None:
@@ -116,15 +130,23 @@ def make_start(optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Ca
 
     def start(params: Params) -> TrainState:
         places = shardings(jax.eval_shape(optimizer.init, params), mesh)
-        zero = jax.device_put(jnp.int32(0), everywhere(mesh))
+        zero = put(np.int32(0), everywhere(mesh))
         return TrainState(zero, params, jax.jit(optimizer.init, out_shardings=places)(params), jnp.copy(zero))
 
     return start
 
 
-def placed(batch: GroupBatch, mesh: Mesh | None) -> GroupBatch:
-    """The batch shared out over the mesh, whole groups to each device."""
+def placed(batch: Tree, mesh: Mesh | None) -> Tree:
+    """The batch shared out over the mesh, whole groups to each device; each process gives its own part of it."""
     return batch if mesh is None else shared_out(batch, rows_sharding(mesh), everywhere(mesh))
+
+
+def looking(mesh: Mesh | None) -> Callable[[Any], Any]:
+    """Arrays of the mesh, whole, on the host of every process that has a part of it."""
+    if mesh is None or alone():
+        return to_host
+    everybodys = jax.jit(lambda tree: tree, out_shardings=everywhere(mesh))
+    return lambda tree: to_host(everybodys(tree))
 
 
 @dataclass(frozen=True)
@@ -181,7 +203,7 @@ class UpdateByTokens:
         yield "optimizer", self.apply.lower(state, sums).compile()
 
     def _parts(self, batch: GroupBatch) -> Iterator[GroupBatch]:
-        for part in cut_by_tokens(batch, self.budget, self.shortest, row_shards(self.mesh)):
+        for part in cut_by_tokens(own_rows(batch), self.budget, self.shortest, share_of(self.mesh)):
             yield placed(part, self.mesh)
 
 
@@ -237,7 +259,9 @@ def sampler_programs(spec: ModelSpec, compute: Compute, storage: Storage) -> bat
         grow=compiled(sampler.grow, static_argnames="columns"),
         keep=compiled(sampler.keep),
         sent=Sender(compute.mesh, compute.dtype) if compute.mesh is not None and compute.apart else batching.stay,
-        shards=row_shards(compute.mesh),
+        share=share_of(compute.mesh),
+        shared_out=functools.partial(placed, mesh=compute.mesh),
+        look=looking(compute.mesh),
     )
 
 
@@ -402,5 +426,5 @@ def update_by_tokens(
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Mean]]:
         return apply_sums(state, sums, optimizer)
 
-    start = jax.jit(on_mesh(mesh, no_sums))
+    start = jax.jit(no_sums) if mesh is None else functools.partial(_start_sums, mesh)
     return UpdateByTokens(budget, shortest, in_place(accumulate, mesh), in_place(apply, mesh), start, mesh=mesh)

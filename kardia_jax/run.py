@@ -7,12 +7,15 @@
     runs/x/rollouts.jsonl    sampled completions with every score (grpo)
     runs/x/hf                the trained policy as a Hugging Face directory; with LoRA also runs/x/adapter
 
-A resumed run starts from the newest checkpoint, cuts both files back to its step and writes them again, the same.
+A resumed run starts from the newest checkpoint, cuts both files back to its step and writes them again, the same. A run
+that gets SIGTERM saves and ends with code 143.
 """
 
 import dataclasses
 import functools
 import json
+import os
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,21 +24,24 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from kardia_jax.checkpoint import CheckpointError, Checkpoints, refuse_existing, restore_latest
+from kardia_jax.checkpoint import CheckpointError, Checkpoints, latest_step, refuse_existing, restore_latest
 from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, flat, to_json
 from kardia_jax.config.judge import NOT_THE_VERDICT
 from kardia_jax.dialogue.dataset import Loaded
 from kardia_jax.hands import Hand, packed
+from kardia_jax.hosts import anyone, is_first, require_one_folder
 from kardia_jax.judge.failures import JudgeStopError
 from kardia_jax.judge.protocol import JudgeUnusableError
+from kardia_jax.model.shares import Rows
 from kardia_jax.observe.compilations import CompilationCounter
-from kardia_jax.observe.console import TrainingConsole
+from kardia_jax.observe.console import SILENT, TrainingConsole
 from kardia_jax.observe.files import write_whole
 from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.trackers import Tracker, open_trackers
 from kardia_jax.placement import offloaded
 from kardia_jax.programs import make_start
+from kardia_jax.stopping import EXIT_CODE, StopRequest
 from kardia_jax.types import Params, TrainState
 
 WARM_STEPS = 2
@@ -64,6 +70,9 @@ class Run:
     trackers: list[Tracker]
     rollouts: JsonlWriter
     checkpoints: Checkpoints
+    stop: StopRequest
+    rows: Rows | None
+    """Which rows of a step are this process's, where a step has any."""
 
     def finish_step(
         self,
@@ -93,6 +102,18 @@ class Run:
             with self.timer.phase("save"):
                 self._save(step, state, hands)
             self.compilations.take()  # The checksums are no program of the next step.
+        if step < self.steps:
+            self.end_if_asked(step, state, hands)
+
+    def end_if_asked(self, step: int, state: TrainState, hands: Iterable[Hand]) -> None:
+        """Where a process of the run has got SIGTERM, all of them save the state after step ``step`` and leave:
+        raises SystemExit."""
+        if not anyone(self.stop.made):
+            return
+        self._save(step, state, hands)
+        self.checkpoints.wait()
+        self.console.message(f"SIGTERM: saved after step {step} in {self.config.dir}; go on with --run.resume")
+        raise SystemExit(EXIT_CODE)
 
     @contextmanager
     def saved_before_stop(self, step: int, state: TrainState, hands: Iterable[Hand]) -> Iterator[None]:
@@ -110,7 +131,8 @@ class Run:
             raise JudgeStopError(f"{error} {kept}: repair the judge and go on with --run.resume.") from error
 
     def _save(self, step: int, state: TrainState, hands: Iterable[Hand]) -> None:
-        self.checkpoints.save(step, state, {"config": self.saved_config, "in_hand": [packed(hand) for hand in hands]})
+        in_hand = [packed(hand, self.rows) for hand in hands]
+        self.checkpoints.save(step, state, {"config": self.saved_config, "in_hand": in_hand})
 
 
 def report_data(console: TrainingConsole, loaded: Loaded, too_long: Sequence[str], used: str) -> None:
@@ -141,25 +163,32 @@ def start_state(
 
 
 @contextmanager
-def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterator[Run]:
-    """Starts a run at its first step, or where its newest checkpoint stands with ``run.resume``."""
-    folder = config.run.dir
+def open_run(config: Config, verb: str, steps: int, fresh: TrainState, rows: Rows | None = None) -> Iterator[Run]:
+    """Starts a run at its first step, or where its newest checkpoint stands with ``run.resume``.
+
+    Of several processes the first writes and reports; all of them save checkpoints together.
+    """
+    folder, writes = config.run.dir, is_first()
+    require_one_folder(folder)
     saved_config = comparable(config)
     state, first_step, in_hand = _start(config, saved_config, fresh)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        truncate_after(folder / name, first_step)
-    write_whole(folder / "config.json", to_json(config))
-    write_whole(folder / "verb.json", json.dumps({"verb": verb}) + "\n")
-    console = TrainingConsole(verb, steps, first_step, live=config.run.console)
+    if writes:
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            truncate_after(folder / name, first_step)
+        write_whole(folder / "config.json", to_json(config))
+        write_whole(folder / "verb.json", json.dumps({"verb": verb}) + "\n")
+    console = TrainingConsole(verb, steps, first_step, config.run.console and writes, None if writes else SILENT)
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
     with (
-        JsonlWriter(folder / "rollouts.jsonl") as rollouts,
+        JsonlWriter(folder / "rollouts.jsonl" if writes else pathlib.Path(os.devnull)) as rollouts,
         checkpoints,
         console,
         CompilationCounter() as compilations,
+        StopRequest() as stop,
     ):
-        trackers = open_trackers(config.run.trackers, folder, f"{verb}-{folder.name}", flat(config))
+        name = f"{verb}-{folder.name}"
+        trackers = open_trackers(config.run.trackers, folder, name, flat(config)) if writes else []
         try:
             yield Run(
                 config.run,
@@ -174,6 +203,8 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
                 trackers,
                 rollouts,
                 checkpoints,
+                stop,
+                rows,
             )
         finally:
             for tracker in trackers:
@@ -181,14 +212,14 @@ def open_run(config: Config, verb: str, steps: int, fresh: TrainState) -> Iterat
 
 
 def comparable(config: Config) -> dict[str, Any]:
-    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, the mesh, on
+    """What must not change between a run and its resumption: everything but bookkeeping, evaluation, mesh and hosts, on
     which no result depends, and how the judge is reached, since a run that stopped for its judge goes on with a
     repaired one."""
     tree = json.loads(to_json(config))
     for path in NOT_THE_VERDICT:
         *parents, last = path.split(".")
         functools.reduce(dict.__getitem__, parents, tree["judge"]).pop(last)
-    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh")} | {
+    return {name: part for name, part in tree.items() if name not in ("run", "eval", "mesh", "hosts")} | {
         "seed": config.run.seed
     }
 
@@ -206,7 +237,8 @@ def _start(
 ) -> tuple[TrainState, int, list[Mapping[str, Any]]]:
     """The state, the steps that it has behind it, and the rollouts of the next ones that were in hand."""
     folder = config.run.dir / "checkpoints"
-    if not config.run.resume:
+    begun = config.run.auto_resume and latest_step(folder) is not None
+    if not (config.run.resume or begun):
         refuse_existing(folder)
         return fresh, 0, []
     places = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)

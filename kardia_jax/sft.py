@@ -5,7 +5,7 @@ history. The answers of one conversation are a group: they share the conversatio
 it from its own turn. Batches are padded to few sizes, so a handful of shapes is compiled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,9 @@ from kardia_jax.dialogue.pipeline import batches
 from kardia_jax.dialogue.prompt import Example, examples_of, load_system_prompt
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import sft_objective
+from kardia_jax.hosts import check_processes
 from kardia_jax.model.sharding import check_rows, make_mesh
+from kardia_jax.model.shares import rows_of, share_of
 from kardia_jax.observe.measures import to_host, values
 from kardia_jax.policies import Policy, check_positions, placed_policy
 from kardia_jax.programs import compute_for, make_compiled_update
@@ -29,7 +31,9 @@ from kardia_jax.warmup import memory_errors, warm_update
 def train_sft(config: Config, policy: Policy) -> Policy:
     """Minimises the token-mean negative log-likelihood of the answers; returns the trained policy."""
     mesh = make_mesh(config.mesh)
+    check_processes(config.sft.batch, "sft.batch")
     check_rows(config.sft.batch, "sft.batch", mesh, config.sft.micro_batches)
+    held = rows_of(share_of(mesh), config.sft.batch)
     policy = placed_policy(policy, mesh)
     # ---- Data
     loaded = load_dialogues(config.data, "train")
@@ -68,16 +72,17 @@ def train_sft(config: Config, policy: Policy) -> Policy:
         used = f"{len(examples.examples)} answers in {len(groups)} conversations"
         report_data(run.console, loaded, examples.problems, used)
         with run.timer.phase("warm-up"):
-            largest = largest_batch(groups, config.sft.batch, policy.pad_id, longest)
+            largest = largest_batch(groups, len(held.own), policy.pad_id, longest)
             warm_update(update, state, largest, policy.frozen, "sft")
         for step in range(run.first_step, steps):
             with run.timer.phase("batch"):
-                batch = sft_batch(order[step], policy.pad_id, longest)
+                batch = sft_batch(order[step], policy.pad_id, longest, held.own)
             with run.timer.phase("update"):
                 state, means = update(state, batch, policy.frozen)
                 metrics = values(to_host(means))
             check_progress(state, config.sft.optimizer.max_bad_steps, "sft.optimizer")
             tokens = float(batch.prompt_lengths.max(1).sum() + batch.completion_lengths.sum())
+            tokens = float(held.share.everybodys(tokens).sum())
             run.finish_step(
                 step + 1,
                 state,
@@ -121,12 +126,15 @@ def largest_batch(groups: Sequence[Sequence[Example]], batch: int, pad_id: int, 
     return sft_batch([full] * batch, pad_id, answer_tokens)
 
 
-def sft_batch(groups: Sequence[Sequence[Example]], pad_id: int, answer_tokens: int = SHORTEST) -> GroupBatch:
+def sft_batch(
+    groups: Sequence[Sequence[Example]], pad_id: int, answer_tokens: int = SHORTEST, own: Iterable[int] | None = None
+) -> GroupBatch:
     """Conversations with their answers, right-padded to the one with the most; rows without an answer are left out of
     the loss. Answers are padded to the bucket of ``answer_tokens`` at least: the longest of a run, so that a batch of
-    short ones is no shape of its own to compile."""
-    size = max(len(group) for group in groups)
-    prompt_tokens, _ = pad_rows([group[-1].prompt.tokens for group in groups], pad_id)
+    short ones is no shape of its own to compile. With ``own`` these conversations alone, in the shape of all."""
+    size, room = max(map(len, groups)), max(len(group[-1].prompt.tokens) for group in groups)
+    groups = groups if own is None else [groups[place] for place in own]
+    prompt_tokens, _ = pad_rows([group[-1].prompt.tokens for group in groups], pad_id, max(SHORTEST, room))
     rows = [[*group, *[None] * (size - len(group))] for group in groups]
     flat = [example for row in rows for example in row]
     answers = [() if example is None else example.completion_tokens for example in flat]

@@ -30,12 +30,14 @@ from kardia_jax.grpo.losses import entropy_floor, make_loss
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import completion_mask, grpo_objective
 from kardia_jax.hands import Hand, taken_up
-from kardia_jax.judging import Judging
+from kardia_jax.hosts import alone, check_processes
+from kardia_jax.judging import Grading, Judging
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.decoding import Storage
 from kardia_jax.model.sharding import check_rows, make_mesh
+from kardia_jax.model.shares import Rows, rows_of, share_of
 from kardia_jax.observe.measures import merge, to_host, values
-from kardia_jax.placement import offloaded
+from kardia_jax.placement import beside, offloaded, own_rows
 from kardia_jax.policies import Policy, check_positions, placed_policy, sampler_of
 from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score, sampling_compute
 from kardia_jax.rewards.alarms import Alarms
@@ -44,7 +46,7 @@ from kardia_jax.rollout.engine import Sampled, sample
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.run import check_progress, open_run, report_data, start_state
 from kardia_jax.scoring import Graded, Grader, reward_metrics, rollout_rows
-from kardia_jax.types import GroupBatch, Mean, Params, TrainState
+from kardia_jax.types import GroupBatch, Mean, Params, Rollouts, TrainState
 from kardia_jax.warmup import memory_errors, warm_grpo
 
 
@@ -53,7 +55,11 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     grpo, seed = config.grpo, config.run.seed
     check_positions(policy.spec, config.data.max_prompt_tokens, grpo.sampler.max_new_tokens, "grpo.sampler")
     mesh = make_mesh(config.mesh)
-    check_rows(grpo.prompts // grpo.minibatches, "grpo.prompts / grpo.minibatches", mesh, grpo.micro_batches)
+    per_update = grpo.prompts // grpo.minibatches
+    check_processes(per_update, "grpo.prompts / grpo.minibatches")
+    check_rows(per_update, "grpo.prompts / grpo.minibatches", mesh, grpo.micro_batches)
+    share = share_of(mesh)
+    held = rows_of(share, grpo.prompts, grpo.minibatches)
     policy = placed_policy(policy, mesh)
 
     # ---- Data
@@ -94,8 +100,8 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
 
     # ---- Loop
     with (
-        open_run(config, "grpo", steps, fresh) as run,
-        Judging(grader, config.judge, seed) as judging,
+        open_run(config, "grpo", steps, fresh, held) as run,
+        Judging(grader, config.judge, seed, share) as judging,
         memory_errors("grpo"),
     ):
         state, timer, alarms = run.state, run.timer, Alarms(config.judge.alarms)
@@ -103,22 +109,22 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
         # ---- The largest shapes first: what does not fit shows before the first step
         with timer.phase("warm-up"):
             longest = max((prompt.tokens for prompt in prompts.prompts), key=len)
-            warm_grpo(config, policy, sampler, score, update, state, reference, longest)
+            warm_grpo(config, policy, sampler, score, update, state, reference, longest, mesh)
 
         def begin(number: int, params: Params, kept: Mapping[str, Any] | None = None) -> Hand:
             """Samples step ``number``, or takes up what a checkpoint kept of it. A completion goes to the judge when it
             ends; then the device is given the log-probs to compute, and nobody waits for them here."""
             ids = order[number]
             asked = [prompts.prompts[i] for i in ids]
-            grading = judging.begin(number, asked, grpo.group)
+            grading = judging.begin(number, asked, grpo.group, held)
             with timer.phase("rollout"):
                 if kept is None:
-                    rows = [prompt.tokens for prompt in asked]
-                    keys = row_keys(seed, Purpose.ROLLOUT, number, jnp.array(ids), grpo.group)
-                    most = grpo.sampler.max_new_tokens
-                    sampled, known = sample(sampler, params, rows, keys, controls, most, grading.finished), {}
+                    rows = [asked[place].tokens for place in held.own]
+                    keys = row_keys(seed, Purpose.ROLLOUT, number, jnp.array(ids), grpo.group)[held.own]
+                    most, room = grpo.sampler.max_new_tokens, max(len(prompt.tokens) for prompt in asked)
+                    sampled, known = sample(sampler, params, rows, keys, controls, most, grading.finished, room), {}
                 else:
-                    sampled, known = taken_up(kept, sampler, asked, grading)
+                    sampled, known = taken_up(kept, sampler, asked, grading, held)
             batch = rollout_batch(sampled, grpo)._replace(**known)
             return Hand(asked, sampled, with_logprobs(batch, score, params, reference, grpo), grading)
 
@@ -130,17 +136,17 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
             hand = hands.popleft()
             asked, sampled, batch, grading = hand
             # ---- Grade; the device works on log-probs meanwhile
+            run.end_if_asked(step, state, (hand, *hands))
             with timer.phase("judge"), run.saved_before_stop(step, state, (hand, *hands)):
                 graded = grading.graded()
                 judging.check(graded)
             with timer.phase("reference"):
                 jax.block_until_ready(batch)
-            # ---- Learn
-            advantages, signal = advantages_of(graded, sampled, config)
-            batch = batch._replace(
-                advantages=advantages,
-                loss_rows=batch.loss_rows & enough_verdicts(graded, config.judge.min_valid),
-            )
+            # ---- Learn; in a run of several processes all know what was said, and each learns from its own rows
+            known = outline(sampled, grading, held)
+            advantages, signal = advantages_of(graded, known, config)
+            enough = enough_verdicts(graded, config.judge.min_valid)
+            batch = batch._replace(advantages=advantages[held.own], loss_rows=batch.loss_rows & enough[held.own])
             with timer.phase("update"):
                 state, learned = learn(update, state, policy.frozen, minibatches(batch, grpo))
             check_progress(state, grpo.optimizer.max_bad_steps, "grpo.optimizer")
@@ -153,13 +159,27 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
             if grading.has_audit:
                 with timer.phase("audit"):
                     judged |= grading.audited()
-            metrics = learned | reward_metrics(graded) | signal | rollout_metrics(sampled, graded) | judged | progress
+            metrics = learned | reward_metrics(graded) | signal | rollout_metrics(known, graded) | judged | progress
             for sign in alarms.update(metrics):
                 run.console.message(f"step {step + 1}: {sign}")
             shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
-            rows = list(rollout_rows(asked[shown], sampled.texts_P_G[shown], graded))
+            rows = list(rollout_rows(asked[shown], known.texts_P_G[shown], graded))
             run.finish_step(step + 1, state, metrics, rows, hands)
     return policy._replace(params=state.params)
+
+
+def outline(sampled: Sampled, grading: Grading, held: Rows) -> Sampled:
+    """What every process has to know of a step: lengths, ends and texts of all completions, but no token of others."""
+    if alone():
+        return sampled
+    rollouts = sampled.rollouts
+    nothing = np.zeros((*grading.shape, 0))
+    return Sampled(
+        np.zeros((held.places.size, 0), np.int32),
+        held.whole(sampled.prompt_lengths),
+        Rollouts(nothing, held.whole(rollouts.lengths), nothing, nothing, held.whole(rollouts.stopped)),
+        grading.texts_P_G,
+    )
 
 
 def rollout_batch(sampled: Sampled, grpo: GrpoConfig) -> GroupBatch:
@@ -198,7 +218,7 @@ def with_logprobs(
         old, entropy = score(params, batch, temperature)
         batch = batch._replace(old_logprobs=old) if wants_old else batch
         if wants_floor:
-            floor = entropy_floor(entropy, completion_mask(batch), grpo.loss.top_entropy)
+            floor = entropy_floor(entropy, beside(completion_mask(batch), entropy), grpo.loss.top_entropy)
             batch = batch._replace(entropy_floor=floor)
     return batch
 
@@ -206,12 +226,14 @@ def with_logprobs(
 def minibatches(batch: GroupBatch, grpo: GrpoConfig) -> list[GroupBatch]:
     """The updates of one step. Without lag the first is on-policy, so its ratio is 1 by definition, not up to
     rounding."""
-    size = grpo.prompts // grpo.minibatches
+    batch = own_rows(batch) if not alone() else batch
+    rows = len(batch.completion_tokens)
+    size = rows // grpo.minibatches
 
     def cut(start: int) -> GroupBatch:
         return jax.tree.map(lambda x: x if x.ndim == 0 else x[start : start + size], batch)
 
-    parts = [cut(start) for start in range(0, grpo.prompts, size)] * grpo.passes
+    parts = [cut(start) for start in range(0, rows, size)] * grpo.passes
     return parts if grpo.lag else [parts[0]._replace(old_logprobs=None), *parts[1:]]
 
 

@@ -17,12 +17,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.stages import Compiled
 from jaxtyping import Key
 
 from kardia_jax.config import Config, GrpoConfig
 from kardia_jax.dialogue.pipeline import length_buckets
+from kardia_jax.hosts import alone
 from kardia_jax.keys import Purpose, row_keys
+from kardia_jax.model.shares import share_of
+from kardia_jax.placement import own_rows
 from kardia_jax.policies import Policy
 from kardia_jax.programs import CompiledUpdate, Score
 from kardia_jax.rollout.engine import SHORTEST, Sampler, sample
@@ -58,16 +62,19 @@ def warm_grpo(
     state: TrainState,
     reference: Params | None,
     prompt: Sequence[int],
+    mesh: Mesh | None = None,
 ) -> None:
     """Everything that a GRPO step runs, as if all its prompts were the longest, ``prompt``, and all completions full.
 
     Raises MemoryShortageError.
     """
     grpo, params = config.grpo, policy.full(state.params)
-    keys = row_keys(config.run.seed, Purpose.ROLLOUT, 0, jnp.arange(grpo.prompts), grpo.group)
+    # In a run of several processes each brings its own rows.
+    own = grpo.prompts // share_of(mesh).parts
+    keys = row_keys(config.run.seed, Purpose.ROLLOUT, 0, jnp.arange(own), grpo.group)
     with memory_errors("grpo"):
         warm_sampler(sampler, params, prompt, keys, Controls.from_config(grpo.sampler), grpo.sampler.max_new_tokens)
-        batch = largest_rollouts(grpo, len(prompt))
+        batch = largest_rollouts(grpo, own, len(prompt))
         temperature, floored = jnp.float32(grpo.sampler.temperature), grpo.loss.top_entropy < 1
         if reference is not None:
             batch = batch._replace(ref_logprobs=score(reference, batch, temperature)[0])
@@ -75,8 +82,8 @@ def warm_grpo(
             old, entropy = score(params, batch, temperature)
             floor = entropy.min() if floored else None
             batch = batch._replace(old_logprobs=old if grpo.off_policy else None, entropy_floor=floor)
-        jax.block_until_ready(batch)
-        size = grpo.prompts // grpo.minibatches
+        batch = own_rows(batch) if not alone() else jax.block_until_ready(batch)
+        size = own // grpo.minibatches
         part = jax.tree.map(lambda x: x if x.ndim == 0 else x[:size], batch)
     # Without lag the first update of a step is on-policy and has no old log-probs.
     first = [] if grpo.lag else [part._replace(old_logprobs=None)]
@@ -111,13 +118,13 @@ def warm_update(update: CompiledUpdate, state: TrainState, batch: GroupBatch, fr
             check_memory(name, program, held, free_bytes(), verb)
 
 
-def largest_rollouts(grpo: GrpoConfig, prompt_tokens: int) -> GroupBatch:
-    """The ungraded batch of a step whose prompts have so many tokens and whose completions are all full."""
+def largest_rollouts(grpo: GrpoConfig, prompts: int, prompt_tokens: int) -> GroupBatch:
+    """The ungraded batch of a step with so many prompts of so many tokens, and completions that are all full."""
     most = grpo.sampler.max_new_tokens
-    rows = (grpo.prompts, grpo.group)
+    rows = (prompts, grpo.group)
     prompt, completion = length_buckets(max(SHORTEST, prompt_tokens)), min(length_buckets(max(SHORTEST, most)), most)
     return GroupBatch(
-        prompt_tokens=jnp.zeros((grpo.prompts, prompt), jnp.int32),
+        prompt_tokens=jnp.zeros((prompts, prompt), jnp.int32),
         prompt_lengths=jnp.full(rows, prompt_tokens, jnp.int32),
         completion_tokens=jnp.zeros((*rows, completion), jnp.int32),
         completion_lengths=jnp.full(rows, completion, jnp.int32),

@@ -21,6 +21,7 @@ from kardia_jax.config import (
     EndpointConfig,
     EvalConfig,
     GrpoConfig,
+    HostsConfig,
     JudgeConfig,
     JudgeSamplingConfig,
     LocalJudgeConfig,
@@ -262,13 +263,14 @@ def test_ratio_bounds_by_preset():
 
 OTHER_OPTIMIZER = OptimizerConfig(3e-3, "linear", 0.25, 0.125, 0.5, 0.75, 1e-6, 0.0, 2.0, 7, None, "bfloat16", True)
 OTHER = Config(
-    run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow"), "off"),
+    run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow"), "off", True),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
     model=ModelConfig(
         *("out/hf", "out/tokenizer", "bfloat16", "xla", "dots", 16, 32, 3),
         lora=LoraConfig(8, 32.0, ("q_proj", "v_proj"), 0.25, "rslora", "bfloat16"),
     ),
     mesh=MeshConfig(2, 4, -1, SamplerMeshConfig(3, 2, 5)),
+    hosts=HostsConfig("slurm", "10.0.0.2:8476", 4, 3, 20, 5),
     rewards=RewardConfig(0.5, 0.25, 0.125),
     judge=JudgeConfig(
         kind="replay",

@@ -3,6 +3,7 @@
 from kardia_jax.config.alarms import AlarmConfig
 from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
+from kardia_jax.config.hosts import HostsConfig
 from kardia_jax.config.judge import (
     AuditConfig,
     CacheConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "EndpointConfig",
     "EvalConfig",
     "GrpoConfig",
+    "HostsConfig",
     "ImportBenchConfig",
     "JudgeConfig",
     "JudgeSamplingConfig",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kardia_jax.config.errors import check_choices, require
+from kardia_jax.config.hosts import HostsConfig
 from kardia_jax.config.judge import JudgeConfig
 from kardia_jax.config.lora import LoraConfig
 from kardia_jax.config.mesh import MeshConfig
@@ -41,6 +42,10 @@ class RunConfig:
     compilation_cache: str = "auto"
     """Folder in which the command line keeps compiled programs, so that the next run loads them. auto: the one that
     JAX_COMPILATION_CACHE_DIR names, else one in the user's cache folder; off: compile anew."""
+
+    auto_resume: bool = False
+    """Go on from the newest complete checkpoint if there is one, and begin otherwise: for jobs that are started again
+    by a scheduler."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, "run.seed", "an integer in [0, 2^31)", self.seed)
@@ -339,6 +344,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
     rewards: RewardConfig = field(default_factory=RewardConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     sft: SftConfig = field(default_factory=SftConfig)

@@ -43,6 +43,7 @@ from kardia_jax.hf.tables import (
     sizes,
 )
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.placement import put
 from kardia_jax.types import Params
 
 if TYPE_CHECKING:  # transformers takes a second to import and is only named here
@@ -130,11 +131,11 @@ def load_arrays(
             buffer = leaves.pop(rule.path, None)
             if buffer is None:
                 buffer = jnp.zeros(shape(rule, lengths), dtype, device=sharding)
-            part = jax.device_put(tensor, _layer_sharding(sharding))
+            part = put(tensor, _layer_sharding(sharding))
             leaves[rule.path] = _placer(sharding)(buffer, part, layer)
             del buffer, part
         else:
-            leaves[rule.path] = jax.device_put(tensor, sharding)
+            leaves[rule.path] = put(tensor, sharding)
         # Dispatch is asynchronous: without waiting, the host would hold tensors that are still to be copied.
         jax.block_until_ready(leaves[rule.path])
         del tensor

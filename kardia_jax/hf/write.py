@@ -28,7 +28,9 @@ import numpy as np
 from kardia_jax.hf.container import Dtype, OnBadNumber, write
 from kardia_jax.hf.folder import INDEX, SINGLE
 from kardia_jax.hf.tables import EMBED, HfError, entries, hf_shape, leaf, sizes, to_hf
+from kardia_jax.hosts import is_first
 from kardia_jax.model.spec import ModelSpec
+from kardia_jax.placement import everybodys
 from kardia_jax.types import Params
 
 if TYPE_CHECKING:  # transformers takes a second to import and is only named here
@@ -61,8 +63,15 @@ def save_directory(
     ``overwrite`` replaces a folder that holds a model (a config.json), and no other. Raises HfError for a
     target in use, a full disk, a tokenizer or stop ids that do not fit the table, and a weight that is not
     finite.
+
+    Where parameters lie on devices of several processes all of them call this, and the first one writes.
     """
     _require_tokens(spec, tokenizer, stop_ids)
+    if not is_first():
+        for names in plan_shards(spec, jnp.dtype(dtype).itemsize, shard_bytes(max_shard_size)):
+            for _ in tensors(params, spec, names):
+                pass
+        return
     with published(dir, spec, dtype, overwrite) as partial:
         write_weights(partial, functools.partial(tensors, params, spec), spec, dtype, max_shard_size)
         _write_configs(partial, spec, tokenizer, stop_ids, dtype)
@@ -149,7 +158,7 @@ def tensors(params: Params, spec: ModelSpec, names: Iterable[str]) -> Iterator[t
     for name in names:
         rule, layer = table[name]
         array = leaf(params, rule.path)
-        yield name, to_hf(rule, np.asarray(array[layer] if rule.stacked else array), lengths)
+        yield name, to_hf(rule, everybodys(array[layer] if rule.stacked else array), lengths)
 
 
 def _in_model_order(spec: ModelSpec) -> list[str]:

@@ -29,6 +29,8 @@ from rich.table import Table
 
 TERM_PREFIX = "reward/"
 DASH = "–"
+SILENT = Console(quiet=True)
+"""Of processes that report nothing."""
 
 
 class Row(NamedTuple):

@@ -77,7 +77,7 @@ def placed(tree: Any, compute: Compute, host: bool = False, column: Column = "st
 
 def batch_of(grpo: GrpoConfig, prompt_tokens: int, groups: int, compute: Compute, several: bool) -> GroupBatch:
     """The graded batch of so many groups, all as long as they may be, with what the loss reads of it."""
-    batch = jax.eval_shape(lambda: largest_rollouts(grpo, prompt_tokens))
+    batch = jax.eval_shape(lambda: largest_rollouts(grpo, groups, prompt_tokens))
     logprobs = batch.sampler_logprobs
     batch = batch._replace(
         ref_logprobs=logprobs if grpo.loss.beta > 0 else None,

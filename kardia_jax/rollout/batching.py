@@ -6,19 +6,22 @@ the seats of groups that have left, rings that are full are doubled, and when no
 they move together. All shapes are powers of two (times what came in), so few programs are compiled.
 
 On a mesh the seats of a device stand together, a group sits on one device from its prompt to its last token, and each
-device has as many seats as the others; those that nobody takes are rows that are done from the start.
+device has as many seats as the others; those that nobody takes are rows that are done from the start. In a run of
+several processes each of them makes all these decisions alike, from what all know, and holds the rows of its own
+devices.
 """
 
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
 from kardia_jax.dialogue.pipeline import length_buckets
-from kardia_jax.placement import to_host
+from kardia_jax.model.shares import WHOLE, Share
+from kardia_jax.placement import own_rows, to_host
 from kardia_jax.rollout.sampler import Drawn, Rows
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.types import Params, Rollouts
@@ -50,8 +53,12 @@ class Programs(NamedTuple):
     keep: Callable[..., Rows]
     sent: Callable[[Params], Params] = stay
     """The parameters where sampling happens: on the sampler's own devices if it has any."""
-    shards: int = 1
-    """Devices, or groups of devices, that share the rows out."""
+    share: Share = WHOLE
+    """Of the rows, which devices (or groups of devices) share out, and these among the processes of the run."""
+    shared_out: Callable[[Any], Any] = lambda rows: rows
+    """Rows of this process to the devices."""
+    look: Callable[[Any], Any] = to_host
+    """What all processes have to know, on the host of each."""
 
 
 class Seats(NamedTuple):
@@ -93,16 +100,19 @@ def roll_out(
     """
     params = programs.sent(params)
     asked = Request(params, prompt_tokens, prompt_lengths, keys, pad_id)
-    prompts, group = keys.shape
-    places = _multiple(min(prompts, max(1, rows // group)) if rows else prompts, programs.shards)
+    own, group = keys.shape
+    prompts, shards = own * programs.share.parts, len(programs.share.owners)
+    places = _multiple(min(prompts, max(1, rows // group)) if rows else prompts, shards)
     weights, stops = programs.weights(params), jnp.asarray(stop_ids, jnp.int32)
     columns = min(COLUMNS, length_buckets(max_new_tokens))
     room = {"prompts": places, "size": prompt_tokens.shape[1], "columns": columns, "budget": max_new_tokens}
     state = programs.empty(keys[:1], pad_id, **room)
     seats = Seats(np.full(places, -1), np.full((places, group), -1))
-    waiting, out, ended = deque(range(prompts)), _blank(keys.shape, max_new_tokens, pad_id), []
+    # Prompts are counted over all processes, part by part; every process knows who sits where, and holds its own rows.
+    waiting = [deque(range(first, first + own)) for first in range(0, prompts, own)]
+    out, ended = _blank(keys.shape, max_new_tokens, pad_id), []
     while True:
-        if waiting:
+        if any(waiting):
             state, seats = _admitted(programs, asked, state, seats, waiting)
         else:
             state, seats = _compacted(programs, state, seats)
@@ -111,11 +121,11 @@ def roll_out(
             break
         state, until = _with_room(programs, state, seats)
         # At least one more row has to end before the next look, or nothing would move.
-        least = 0 if waiting else min(seats.samples.size // 2, live - 1)
+        least = 0 if any(waiting) else min(seats.samples.size // 2, live - 1)
         state = programs.decode(weights, state, controls, stops, pad_id, until, least)
         # The device is at work: time for the host's own.
         _hand_on(ended, out, finished)
-        seats, ended = _collected(to_host(state.drawn), seats, out)
+        seats, ended = _collected(programs, state.drawn, seats, out)
     _hand_on(ended, out, finished)
     return out
 
@@ -127,28 +137,41 @@ def _blank(shape: tuple[int, ...], budget: int, pad_id: int) -> Rollouts:
     return Rollouts(tokens, np.zeros(shape, np.int32), nothing, nothing.copy(), np.zeros(shape, bool))
 
 
-def _admitted(programs: Programs, asked: Request, state: Rows, seats: Seats, waiting: deque[int]) -> tuple[Rows, Seats]:
-    """Waiting prompts take the seats of groups that have left; ``waiting`` gets shorter."""
-    free = _free(seats, programs.shards, len(waiting))
-    if not free.size:
+def _admitted(
+    programs: Programs, asked: Request, state: Rows, seats: Seats, waiting: Sequence[deque[int]]
+) -> tuple[Rows, Seats]:
+    """Waiting prompts take the seats of groups that have left, each on a device of its process; ``waiting`` gets
+    shorter."""
+    share = programs.share
+    shards = len(share.owners)
+    free = _free(seats, np.array(share.owners), [len(queue) for queue in waiting])
+    if not any(part.size for part in free):
         return state, seats
     prompts, samples = seats.prompts.copy(), seats.samples.copy()
-    prompts[free], samples[free] = [waiting.popleft() for _ in free], np.arange(samples.shape[1])
-    places = _places(free, seats.prompts.size, programs.shards)
+    for part, queue in zip(free, waiting, strict=True):
+        prompts[part], samples[part] = [queue.popleft() for _ in part], np.arange(samples.shape[1])
+    places = _places(np.sort(np.concatenate(free)), seats.prompts.size, shards)
     # Where there is no seat any prompt will do.
-    ids = np.where(places < prompts.size, prompts[np.minimum(places, prompts.size - 1)], prompts[free[0]])
-    state = programs.admit(
-        asked.params, state, asked.prompt_tokens[ids], asked.prompt_lengths[ids], asked.keys[ids], places, asked.pad_id
-    )
-    return state, Seats(prompts, samples)
+    here = places.reshape(shards, -1)[share.own_shards()].reshape(-1)
+    first = share.part * len(asked.prompt_tokens)
+    ids = np.where(here < prompts.size, prompts[np.minimum(here, prompts.size - 1)] - first, 0)
+    coming = programs.shared_out((asked.prompt_tokens[ids], asked.prompt_lengths[ids], asked.keys[ids]))
+    return programs.admit(asked.params, state, *coming, places, asked.pad_id), Seats(prompts, samples)
 
 
-def _free(seats: Seats, shards: int, wanted: int) -> Int[np.ndarray, " n"]:
-    """At most so many seats that nobody has, the first of every device before the second of any; in order."""
-    free = (seats.prompts < 0).reshape(shards, -1)
-    rank = np.where(free, free.cumsum(1), seats.prompts.size + 1).T
-    turns = np.argsort(rank, axis=None, kind="stable")[: min(wanted, int(free.sum()))]
-    return np.sort(turns % shards * free.shape[1] + turns // shards)
+def _free(seats: Seats, owners: Int[np.ndarray, " D"], wanted: Sequence[int]) -> list[Int[np.ndarray, " n"]]:
+    """For each part at most so many seats that nobody has, the first of every device before the second of any; in
+    order."""
+    empty = (seats.prompts < 0).reshape(len(owners), -1)
+
+    def of_part(part: int, most: int) -> Int[np.ndarray, " n"]:
+        shards = np.flatnonzero(owners == part)
+        free = empty[shards]
+        rank = np.where(free, free.cumsum(1), seats.prompts.size + 1).T
+        turns = np.argsort(rank, axis=None, kind="stable")[: min(most, int(free.sum()))]
+        return np.sort(shards[turns % len(shards)] * free.shape[1] + turns // len(shards))
+
+    return [of_part(part, most) for part, most in enumerate(wanted)]
 
 
 def _places(free: Int[np.ndarray, " n"], seats: int, shards: int) -> Int[np.ndarray, " F"]:
@@ -168,16 +191,16 @@ def _compacted(programs: Programs, state: Rows, seats: Seats) -> tuple[Rows, Sea
         . . . .   ->   x .
         . . x .
     """
-    left = seats.samples >= 0
+    left, shards = seats.samples >= 0, len(programs.share.owners)
     most = int(left.sum(1).max())
     if not most:
         return state, seats
-    groups = left.any(1).reshape(programs.shards, -1)
+    groups = left.any(1).reshape(shards, -1)
     prompts, group = (
         min(_power_of_two(int(groups.sum(1).max())), groups.shape[1]),
         min(_power_of_two(most), left.shape[1]),
     )
-    if 2 * programs.shards * prompts * group > left.size:
+    if 2 * shards * prompts * group > left.size:
         return state, seats
     # Groups that are left come first on each device, rows that are left first in each group, in their order.
     own = np.argsort(~groups, axis=1, kind="stable")[:, :prompts]
@@ -191,7 +214,7 @@ def _compacted(programs: Programs, state: Rows, seats: Seats) -> tuple[Rows, Sea
 
 def _with_room(programs: Programs, state: Rows, seats: Seats) -> tuple[Rows, int]:
     """Rows with room for a token at least, and the step up to which they have it or the next look is due."""
-    step, start = to_host((state.step, state.start))
+    step, start = programs.look((state.step, state.start))
     columns = state.caches[0].v.values.shape[2]
     longest = int((step - start[seats.prompts >= 0]).max())
     if longest == columns:
@@ -199,20 +222,26 @@ def _with_room(programs: Programs, state: Rows, seats: Seats) -> tuple[Rows, int
     return state, int(step) + min(STRETCH, columns - longest)
 
 
-def _collected(drawn: Drawn, seats: Seats, out: Rollouts) -> tuple[Seats, list[tuple[int, int]]]:
-    """Rows that have ended go to ``out`` and leave their seat; a group leaves when its last row has."""
-    rows = np.argwhere(drawn.done & (seats.samples >= 0))
-    ended = [(int(seats.prompts[p]), int(seats.samples[p, g])) for p, g in rows]
-    for (p, g), at in zip(rows, ended, strict=True):
-        length = out.lengths[at] = drawn.lengths[p, g]
-        out.stopped[at] = drawn.stopped[p, g]
+def _collected(programs: Programs, drawn: Drawn, seats: Seats, out: Rollouts) -> tuple[Seats, list[tuple[int, int]]]:
+    """Rows that have ended leave their seat, and go to ``out`` where they are this process's own; a group leaves when
+    its last row has. Gives the own ones as places in ``out``."""
+    share, done = programs.share, programs.look(drawn.done)
+    at_home = np.arange(seats.prompts.size).reshape(len(share.owners), -1)[share.own_shards()].reshape(-1)
+    here, first = own_rows(drawn), share.part * len(out.lengths)
+    ended = []
+    for row, g in np.argwhere((done & (seats.samples >= 0))[at_home]):
+        seat = at_home[row]
+        at = int(seats.prompts[seat]) - first, int(seats.samples[seat, g])
+        length = out.lengths[at] = here.lengths[row, g]
+        out.stopped[at] = here.stopped[row, g]
         for kept, new in (
-            (out.tokens, drawn.tokens),
-            (out.sampler_logprobs, drawn.sampler_logprobs),
-            (out.tempered_logprobs, drawn.tempered_logprobs),
+            (out.tokens, here.tokens),
+            (out.sampler_logprobs, here.sampler_logprobs),
+            (out.tempered_logprobs, here.tempered_logprobs),
         ):
-            kept[at][:length] = new[p, g, :length]
-    samples = np.where(drawn.done, -1, seats.samples)
+            kept[at][:length] = new[row, g, :length]
+        ended.append(at)
+    samples = np.where(done, -1, seats.samples)
     return Seats(np.where((samples >= 0).any(1), seats.prompts, -1), samples), ended
 
 

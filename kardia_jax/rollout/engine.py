@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kardia_jax.dialogue.pipeline import length_buckets
 from kardia_jax.dialogue.prompt import decode_completion
+from kardia_jax.hosts import most
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.types import Params, Rollouts
@@ -61,10 +62,14 @@ def sample(
     controls: Controls,
     max_new_tokens: int,
     finished: Callable[[int, int, str], None] | None = None,
+    room: int = SHORTEST,
 ) -> Sampled:
     """Samples one completion per key. Each text is decoded, and handed to ``finished`` (prompt, sample, text), as soon
-    as its completion has ended, while the device goes on with the others."""
-    prompt_tokens, prompt_lengths = pad_rows(prompts, sampler.pad_id)
+    as its completion has ended, while the device goes on with the others.
+
+    In a run of several processes each gives its own prompts, and ``room``, the longest prompt of all.
+    """
+    prompt_tokens, prompt_lengths = pad_rows(prompts, sampler.pad_id, max(room, SHORTEST))
     texts_P_G = [[""] * keys.shape[1] for _ in prompts]
 
     def ended(prompt: int, sample: int, tokens: Int[np.ndarray, " n"]) -> None:
@@ -83,7 +88,7 @@ def sample(
         max_new_tokens=max_new_tokens,
         finished=ended,
     )
-    used = min(length_buckets(max(SHORTEST, int(rollouts.lengths.max()))), max_new_tokens)
+    used = min(length_buckets(max(SHORTEST, most(int(rollouts.lengths.max())))), max_new_tokens)
     return Sampled(prompt_tokens, prompt_lengths, _cut(rollouts, used), texts_P_G)
 
 
