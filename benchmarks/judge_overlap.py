@@ -1,14 +1,15 @@
 """Judge latency x concurrency x step time: how much of a slow judge the training loop hides.
 
-    python benchmarks/judge_overlap.py --json judge_overlap.jsonl
+    python benchmarks/judge_overlap.py --concurrency 64   # the first line's rollout is the unit R
+    python benchmarks/judge_overlap.py --latency 0.25 0.5 1 --concurrency 16   # adds lines to --json, prints the table
 
 Runs ``train_grpo`` as `kardia grpo` does, with the endpoint judge and a real HTTP server on loopback (a process of its
-own) that answers every call after a set time. The first run has a judge without latency; its median rollout is the unit
-R of the others. Under five minutes on 2 CPU cores.
+own) that answers every call after a set time. Each call first makes a run that is not counted and compiles what the
+others share; about five minutes on 2 CPU cores for all.
 
 Two things are not as in training. The model is untrained and writes no spans, so the parser is replaced and every
-completion is judged. And so many ids end a completion that lengths differ as those of answers do (a mean of about 100
-tokens): where all completions end at once, nothing but the reference is left to hide behind without lag.
+completion is judged. And so many ids end a completion that lengths differ as those of answers do (a mean of about 90
+tokens of at most 256): where all completions end at once, nothing but the reference is left to hide behind without lag.
 
 The first two steps and the last one are not counted: nothing is sampled behind the last one.
 """
@@ -16,6 +17,7 @@ The first two steps and the last one are not counted: nothing is sampled behind 
 import argparse
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import pathlib
@@ -27,9 +29,11 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-PROMPTS, GROUP, TOKENS = 4, 8, 256
+PROMPTS, GROUP, TOKENS = 8, 8, 256
 ENDS = range(300, 332)
 """Of 3,200 ids that are about equally likely: one token in a hundred ends its completion."""
+MAKERS = ("make_generate", "make_score", "make_compiled_update", "make_optimizer", "make_loss", "grpo_objective")
+"""What a run compiles; the runs of one process share it, so that no step waits for a compiler."""
 CALLS = PROMPTS * GROUP
 """Of a step."""
 UNCOUNTED = 2
@@ -39,7 +43,7 @@ UNCOUNTED = 2
 
 
 async def serve(names: list[str]) -> None:
-    """Prints its port, then answers until it is terminated."""
+    """Prints its port, then answers until the process that started it has gone."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -53,7 +57,8 @@ async def serve(names: list[str]) -> None:
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=512)
     print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
+    await asyncio.to_thread(sys.stdin.read)
+    server.close()
 
 
 def response(names: list[str], body: bytes) -> bytes:
@@ -69,12 +74,10 @@ def response(names: list[str], body: bytes) -> bytes:
 @contextlib.contextmanager
 def server() -> Iterator[int]:
     """The server's port, while it runs."""
-    with subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, __file__, "--serve"], stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
-        try:
-            yield int(process.stdout.readline())
-        finally:
-            process.terminate()
+        yield int(process.stdout.readline())
 
 
 # ---- runs
@@ -100,7 +103,7 @@ def measure(port: int, folder: pathlib.Path, latency: float, concurrency: int, l
     from kardia_jax.train import train_grpo
 
     config = Config(
-        run=RunConfig(dir=folder / f"{latency:g}-{concurrency}-{lag}", save_every=steps, console=False),
+        run=RunConfig(dir=folder, save_every=steps, console=False),
         data=DataConfig(system_prompt=pathlib.Path(__file__).parents[1] / "configs/demo_system_prompt.txt"),
         model=ModelConfig(source="demo-qwen3", remat="none", head_chunk=256),
         judge=JudgeConfig(
@@ -162,8 +165,10 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("--steps", type=int, default=6, help="of each run, the three that are not counted included")
-    made.add_argument("--latency", type=float, nargs="*", default=[0.25, 0.5, 1.0], help="of a call, in units of R")
-    made.add_argument("--concurrency", type=int, nargs="+", default=[8, CALLS])
+    made.add_argument(
+        "--latency", type=float, nargs="*", default=[0.0, 0.25, 0.5, 1.0], help="of a call, in units of R"
+    )
+    made.add_argument("--concurrency", type=int, nargs="+", default=[16, CALLS])
     made.add_argument("--lag", type=int, nargs="+", default=[0, 1])
     made.add_argument("--json", type=pathlib.Path, default=pathlib.Path("judge_overlap.jsonl"), help="a line per run")
     args = made.parse_args()
@@ -173,29 +178,30 @@ def main() -> None:
         asyncio.run(serve([criterion.name for criterion in KARDIA_FIVE.criteria]))
         return
 
-    from kardia_jax import scoring
+    from kardia_jax import scoring, train
     from kardia_jax.bench.layout import machine, table
     from kardia_jax.compilation import use_compilation_cache
     from kardia_jax.dialogue.spans import Spans
 
     scoring.parse = lambda text: Spans("-", "-", "sad", text or "-")
-    with tempfile.TemporaryDirectory() as name, server() as port:
+    for maker in MAKERS:
+        setattr(train, maker, functools.cache(getattr(train, maker)))
+    with server() as port:
         use_compilation_cache("auto")
 
-        def add(latency: float, concurrency: int, lag: int, unit: float | None) -> None:
-            found = measure(port, pathlib.Path(name), latency, concurrency, lag, args.steps)
-            line = json.dumps(found | {"unit": unit or found["rollout"]} | machine())
-            print(line, file=sys.stderr)
-            with args.json.open("a") as file:
-                file.write(line + "\n")
+        def run(latency: float, concurrency: int, lag: int) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                return measure(port, pathlib.Path(folder), latency, concurrency, lag, args.steps)
 
-        if not args.json.exists():
-            add(0.0, CALLS, 0, None)
-        unit = lines(args.json)[0]["unit"]
+        run(0.0, CALLS, args.lag[-1])
+        unit = lines(args.json)[0]["rollout"] if args.json.exists() else None
         for latency, concurrency, lag in itertools.product(args.latency, args.concurrency, args.lag):
-            add(round(latency * unit, 3), concurrency, lag, unit)
+            found = run(round(latency * (unit or 0.0), 3), concurrency, lag)
+            unit = unit or found["rollout"]
+            with args.json.open("a") as file:
+                file.write(json.dumps(found | {"unit": unit} | machine()) + "\n")
     rows = lines(args.json)
-    print(f"R, the rollout by itself: {unit:.2f} s; {PROMPTS} prompts x {GROUP} completions; {machine()}\n")
+    print(f"R, the rollout by itself: {rows[0]['unit']:.2f} s; {PROMPTS} prompts x {GROUP} completions; {machine()}\n")
     print(table(HEADER, [cells(row) for row in rows]))
 
 

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -134,6 +135,8 @@ def _probe(arguments: list[str], config: Config) -> None:
     fresh = dataclasses.replace(args.judge, cache=dataclasses.replace(args.judge.cache, path="off"))
     grader = make_grader(fresh, config.rewards)
     check_bands(grader.rubric, items)
+    rounds_told = "1 round" if args.repeats == 1 else f"{args.repeats} rounds"
+    print(f"{grader.judge.name} is asked about {len(items)} replies in {rounds_told} ...", file=sys.stderr)
     told = asyncio.run(rounds(grader.judge, items, args.repeats, args.seed))
     probe = evaluate(grader.judge.name, grader.rubric, items, told)
     if args.json:

@@ -109,13 +109,16 @@ class Grading:
         return bool(self._sample)
 
     def audited(self) -> dict[str, float]:
-        """The gap between the two judges; whatever goes wrong with the second one is counted and stops nothing."""
+        """The gap between the two judges, and what the second one counted and cost (``audit/judge/...``); whatever goes
+        wrong with it is counted and stops nothing."""
         try:
             second = self._audit.answers()
         except JudgeUnusableError as error:
             second = self._audit.failed(str(error))
-        rubric = self._grader.rubric
-        return audit_metrics(compare(rubric, [self._said[at] for at in second], list(second.values())))
+        rubric, auditor = self._grader.rubric, self._grader.auditor
+        found = audit_metrics(compare(rubric, [self._said[at] for at in second], list(second.values())))
+        counted = {} if auditor is None else take_stats(auditor)
+        return found | {f"audit/{name}": value for name, value in counted.items()}
 
     def metrics(self) -> dict[str, float]:
         """What the judge's time came to."""

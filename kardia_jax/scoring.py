@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kardia_jax.config import JudgeConfig, RewardConfig
+from kardia_jax.config import ConfigError, JudgeConfig, RewardConfig
 from kardia_jax.dialogue.prompt import Prompt
 from kardia_jax.dialogue.spans import Malformed, Spans, parse
 from kardia_jax.judge.factory import Maker, make_judge
@@ -48,7 +48,11 @@ def with_auditor(grader: Grader, judge: JudgeConfig) -> Grader:
     """The grader with the second judge that the config asks for, if it does; only training has a use for it."""
     if not judge.audit.every:
         return grader
-    return grader._replace(auditor=make_judge(judge.auditor, grader.rubric, MAKERS))
+    try:
+        return grader._replace(auditor=make_judge(judge.auditor, grader.rubric, MAKERS))
+    except ConfigError as error:
+        fix = f"Its own message, where judge stands for judge.audit: {error}"
+        raise ConfigError("judge.audit", "a second judge that can be made", judge.audit.kind, fix) from error
 
 
 class Graded(NamedTuple):

@@ -68,7 +68,8 @@ REFUSED = [
     (DataConfig, {"max_prompt_tokens": 7}, "data.max_prompt_tokens", "at least 8", "7"),
     (DataConfig, {"train_limit": 0}, "data.train_limit", "none or at least 1", "0"),
     (DataConfig, {"test_limit": 0}, "data.test_limit", "none or at least 1", "0"),
-    (ModelConfig, {"head_chunk": -1}, "model.head_chunk", "0 (chosen by platform) or more", "-1"),
+    (ModelConfig, {"head_chunk": 0}, "model.head_chunk", "at least 1", "0"),
+    (ModelConfig, {"vocab_chunk": -1}, "model.vocab_chunk", "0 (chosen by platform) or more", "-1"),
     (SamplerConfig, {"temperature": -0.1}, "sampler.temperature", "0 (greedy) or more", "-0.1"),
     (SamplerConfig, {"temperature": float("nan")}, "sampler.temperature", "0 (greedy) or more", "nan"),
     (SamplerConfig, {"top_k": -1}, "sampler.top_k", "0 (off) or more", "-1"),
@@ -264,7 +265,7 @@ OTHER = Config(
     run=RunConfig(pathlib.Path("runs/é x"), 7, True, 3, 4, -1, False, ("wandb", "mlflow"), "off"),
     data=DataConfig("data/x.jsonl", "skip", pathlib.Path("p.txt"), "spans", 64, "skip", 10, 5),
     model=ModelConfig(
-        *("out/hf", "out/tokenizer", "bfloat16", "xla", "dots", 16, 3),
+        *("out/hf", "out/tokenizer", "bfloat16", "xla", "dots", 16, 32, 3),
         lora=LoraConfig(8, 32.0, ("q_proj", "v_proj"), 0.25, "rslora", "bfloat16"),
     ),
     mesh=MeshConfig(2, 4, -1, SamplerMeshConfig(3, 2, 5)),
@@ -424,7 +425,8 @@ def abstract_sampling(config: Config, spec: ModelSpec, params: Any) -> Drawn:
     device = make_generate(spec, compute_for(config.model), storage, sampler.rows).args[0]
     keys, number = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), abstract(())
     size, lengths = length_buckets(config.data.max_prompt_tokens), abstract(rows[:1])
-    empty = functools.partial(device.empty, size=size, columns=64, budget=sampler.max_new_tokens)
+    room = {"prompts": rows[0], "size": size, "columns": 64, "budget": sampler.max_new_tokens}
+    empty = functools.partial(device.empty, **room)
     state, weights = jax.eval_shape(empty, keys, number), jax.eval_shape(device.weights, params)
     prompt = abstract((rows[0], size))
     seated = jax.eval_shape(device.admit, params, state, prompt, lengths, keys, lengths, number)

@@ -49,7 +49,7 @@ def lengths_of(config: BenchConfig) -> Lengths:
 
 def compute_of(config: BenchConfig) -> Compute:
     """How the arithmetic is done, by the rule that training follows."""
-    names = ("dtype", "remat", "head_chunk", "unroll", "attention")
+    names = ("dtype", "remat", "head_chunk", "vocab_chunk", "unroll", "attention")
     return compute_for(ModelConfig(**{name: getattr(config, name) for name in names}))
 
 

@@ -36,6 +36,8 @@ class BenchConfig:
     """See model.remat."""
     head_chunk: int = ModelConfig.head_chunk
     """See model.head_chunk."""
+    vocab_chunk: int = ModelConfig.vocab_chunk
+    """See model.vocab_chunk."""
     unroll: int = ModelConfig.unroll
     """See model.unroll."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = ModelConfig.attention
@@ -55,7 +57,8 @@ class BenchConfig:
         for name in ("prompts", "group", "prompt_len", "steps", "unroll"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         require(self.new_tokens >= 2, "new_tokens", "at least 2: the first comes from the prompt", self.new_tokens)
-        require(self.head_chunk >= 0, "head_chunk", "0 (chosen by platform) or more", self.head_chunk)
+        require(self.head_chunk >= 1, "head_chunk", "at least 1", self.head_chunk)
+        require(self.vocab_chunk >= 0, "vocab_chunk", "0 (chosen by platform) or more", self.vocab_chunk)
         require(self.rows >= 0, "rows", "0 (all) or more", self.rows)
         require(self.beta >= 0, "beta", "0 (no reference) or more", self.beta)
         require(0 <= self.seed < 2**31, "seed", "an integer in [0, 2^31)", self.seed)

@@ -96,9 +96,11 @@ class ModelConfig:
     the layers that these can do, xla for the rest. A kernel that is named and cannot do a layer is an error."""
     remat: Literal["none", "block", "dots"] = "block"
     """What the backward pass recomputes: nothing, every block, or everything but the blocks' matrix products."""
-    head_chunk: int = 0
-    """Completion tokens per slice of the LM head in the learner: memory is head_chunk x vocabulary floats. 0 is what
-    was fastest: 128 on CPU, where a slice then fits its cache, and 1024 elsewhere."""
+    head_chunk: int = 1024
+    """Completion tokens per slice of the LM head in the learner; slices of padding alone are skipped."""
+    vocab_chunk: int = 0
+    """Rows of the vocabulary per slice: memory is head_chunk x vocab_chunk floats. 0 is what was fastest: 1024 on CPU,
+    where a slice then fits its cache, and all of them elsewhere."""
     unroll: int = 1
     """Blocks per trip of the scan over layers: more saves copies of activations and compiles longer."""
     adapter: pathlib.Path | None = None
@@ -113,7 +115,8 @@ class ModelConfig:
         frozen, base = self.lora.rank > 0 or self.adapter is not None, self.lora.base
         fix = "Parameters that are trained are float32; set model.lora.rank, or model.dtype for the arithmetic."
         require(frozen or base == "float32", "model.lora.base", "float32 without an adapter", base, fix)
-        require(self.head_chunk >= 0, "model.head_chunk", "0 (chosen by platform) or more", self.head_chunk)
+        require(self.head_chunk >= 1, "model.head_chunk", "at least 1", self.head_chunk)
+        require(self.vocab_chunk >= 0, "model.vocab_chunk", "0 (chosen by platform) or more", self.vocab_chunk)
         require(self.unroll >= 1, "model.unroll", "at least 1", self.unroll)
 
 

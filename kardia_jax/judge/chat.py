@@ -126,7 +126,10 @@ class ChatServer:
             raise Trouble("refusals", self._hide(f"the model refused: {said}"), retryable=False)
         if ended == "length":
             limit = f"judge.sampling.max_tokens = {self._sampling.max_tokens}"
-            why = f"the answer was cut at {limit}; raise it, or turn thinking off with judge.endpoint.extra_body"
+            fix = (
+                "raise it, turn thinking off with judge.endpoint.extra_body, or hold it to the schema (response_format)"
+            )
+            why = f"the answer was cut at {limit}; {fix}"
             # A greedy model writes the same long answer again.
             raise Trouble("unreadable", why, retryable=self._sampling.temperature != 0)
         if not isinstance(text, str) or not text.strip():

@@ -13,13 +13,14 @@ needed none: one lost call beside thirty malformed answers is no outage. A run t
 since whoever resumes it has looked at the judge.
 """
 
+import re
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 SHOWN = 3
 """Reasons that are named; the others are counted."""
-LONGEST = 160
+LONGEST = 240
 """Characters of a reason: endpoints may answer with whole pages."""
 
 
@@ -58,13 +59,23 @@ def too_many(tallies: Sequence[Tally], most: float) -> bool:
     return sum(len(tally.reasons) for tally in tallies) > most * sum(tally.asked for tally in tallies)
 
 
+def kind_of(reason: str) -> str:
+    """A reason without what one answer alone had in it, so that alike ones are counted together.
+
+    >>> kind_of("http://a: empathy.mark: wanted an integer from 1 to 5, got 9 (after 3 tries)")
+    'http://a: empathy.mark: wanted an integer from 1 to 5'
+    """
+    return re.split(r", got | \(after \d", reason)[0]
+
+
 def shortage(tallies: Sequence[Tally], most: float) -> str:
-    """How many verdicts are missing, how many may be, and why, the commonest reason first."""
+    """How many verdicts are missing, how many may be, and why: the commonest kinds of reasons, by the first of each."""
     asked = sum(tally.asked for tally in tallies)
-    reasons = Counter(reason[:LONGEST] for tally in tallies for reason in tally.reasons)
-    missing, named = reasons.total(), reasons.most_common(SHOWN)
+    reasons = [reason for tally in tallies for reason in tally.reasons]
+    first = {kind_of(reason): reason[:LONGEST] for reason in reversed(reasons)}
+    missing, named = len(reasons), Counter(map(kind_of, reasons)).most_common(SHOWN)
     others = missing - sum(count for _, count in named)
-    why = [f"{count} x {reason}" for reason, count in named] + [f"{others} for other reasons"] * (others > 0)
+    why = [f"{count} x {first[kind]}" for kind, count in named] + [f"{others} for other reasons"] * (others > 0)
     where = "" if len(tallies) == 1 else f" of the last {len(tallies)} steps"
     return (
         f"judge.max_failure_share: {missing} of {asked} verdicts{where} are missing ({missing / asked:.0%}), "

@@ -198,7 +198,8 @@ class Traffic:
                 async with asyncio.timeout(seconds):
                     sent = await send(self.lanes.index(lane), before)
             except TimeoutError:
-                late = f"no complete answer within judge.traffic.call_seconds = {seconds:g} s"
+                fix = "raise it, or ask for less at once with judge.traffic.concurrency"
+                late = f"no complete answer within judge.traffic.call_seconds = {seconds:g} s; {fix}"
                 raise Trouble("timeouts", late, retryable=True) from None
         except Trouble as trouble:
             self._failed(lane, probe, trouble, loop.time())

@@ -1,7 +1,8 @@
 """The LM head of the learner: log-prob and entropy of completion tokens, in slices, never [tokens, V].
 
-For a slice of C tokens the logits [C, V] exist, give two numbers per token, and are gone; the backward pass makes them
-again. Kept tokens are gathered to the front, and slices that hold padding alone are skipped. With
+For a slice of C tokens and R rows of the table the logits [C, R] exist, are added to what is known of each token's
+distribution (maximum, norm, entropy, own logit), and are gone; the backward pass makes them again. Kept tokens are
+gathered to the front, and slices that hold padding alone are skipped. With
 z = h·Wᵀ / temperature, p = softmax(z), entropy H = -sum_v p_v log p_v, and cotangents a (of the log-prob) and b (of the
 entropy):
 
@@ -14,11 +15,13 @@ The gradient of the table is added up in float32 over slices whatever the comput
 bfloat16 is a known way to bias training.
 
 On a mesh each device has the tokens of its own rows and some rows of the table, whose columns are gathered once.
-Maximum, norm, entropy, chosen logit and dh are added up over the vocabulary's axis slice by slice, dW over the axes of
-rows at the end. A slice that holds a token on some device is computed on all.
+Maximum, norm, entropy, chosen logit and dh are added up over the vocabulary's axis after each slice of tokens, dW over
+the axes of rows at the end. A slice that holds a token on some device is computed on all.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,29 @@ from kardia_jax.model.sharding import Cut, cut, first_row, largest, on_each_devi
 
 FLOOR = -1e9
 """Log-prob (nats) of a token that cannot be sampled; exp of it is 0."""
+
+Carry = TypeVar("Carry")
+
+
+class Slices(NamedTuple):
+    """Logits that exist at once: of so many tokens, against so many rows of the table."""
+
+    tokens: int
+    rows: int = 0
+    """0: all."""
+
+
+class Seen(NamedTuple):
+    """What some rows of the table tell of each token's distribution."""
+
+    peak: Float[Array, " C"]
+    """The largest logit."""
+    total: Float[Array, " C"]
+    """Sum of exp(z - peak)."""
+    weighted: Float[Array, " C"]
+    """Sum of exp(z - peak) (z - peak)."""
+    chosen: Float[Array, " C"]
+    """The token's own logit; 0 until its row is met."""
 
 
 def raw_logits(hidden: Float[Array, "... D"], table: Float[Array, "V D"]) -> Float[Array, "... V"]:
@@ -55,7 +81,7 @@ def sampled_logits(
 
 
 def _without_padding(z: Float[Array, "... V"], sampled_tokens: int, first: Int[Array, ""] | int = 0) -> Array:
-    if isinstance(first, int) and sampled_tokens == z.shape[-1]:
+    if isinstance(first, int) and sampled_tokens >= first + z.shape[-1]:
         return z
     return jnp.where(jnp.arange(z.shape[-1]) + first < sampled_tokens, z, -jnp.inf)
 
@@ -82,71 +108,125 @@ def _uncapped(dz: Array, z: Array, softcap: float | None) -> Array:
     return dz if softcap is None else dz * (1 - jnp.square(z / softcap))
 
 
-def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk, softcap):
-    here = functools.partial(_forward_here, cut(), sampled_tokens, chunk, softcap)
+def _forward(hidden, table, tokens, keep, temperature, sampled_tokens, slices, softcap):
+    here = functools.partial(_forward_here, cut(), sampled_tokens, slices, softcap)
     logprobs, entropy, lse = on_each_device(here, ("N", "VD", "N", "N", ""), ("N", "N", "N"))(
         hidden, table, tokens, keep, temperature
     )
     return (logprobs, entropy), (hidden, table, tokens, keep, temperature, entropy, lse)
 
 
-def _forward_here(where, sampled_tokens, chunk, softcap, hidden, table, tokens, keep, temperature):
+def _forward_here(where, sampled_tokens, slices, softcap, hidden, table, tokens, keep, temperature):
     low = _gathered(table.astype(hidden.dtype), where)
     first = first_row(len(low), where.vocabulary)
 
     def stats(piece):
         h, token, *_ = piece
-        z = _scaled(model_logits(h, low, softcap), temperature, sampled_tokens, first)
-        peak = largest(z.max(-1, keepdims=True), where.vocabulary)
-        centred = jnp.maximum(z - peak, FLOOR)
-        weights = jnp.exp(centred)
-        sums = weights.sum(-1), (weights * centred).sum(-1), _chosen(centred, token, first)
-        total, weighted, chosen = summed(sums, where.vocabulary)
-        # log p = centred - log total: one exponential gives the norm and the entropy.
-        entropy = jnp.log(total) - weighted / total
-        return jnp.maximum(chosen - jnp.log(total), FLOOR), entropy, jnp.log(total) + peak[:, 0]
+
+        def see(seen, rows, start):
+            z = _scaled(model_logits(h, rows, softcap), temperature, sampled_tokens, first + start)
+            return _seen_with(seen, z, token - first - start)
+
+        seen = _over_rows(see, _nothing_seen(token.size), low, slices.rows)
+        peak, total, weighted, chosen = _seen_by_all(seen, where.vocabulary)
+        # log p = z - peak - log total: one exponential gives the norm and the entropy.
+        log_total = jnp.log(total)
+        return jnp.maximum(chosen - peak - log_total, FLOOR), log_total - weighted / total, log_total + peak
 
     def slice_stats(_, piece):
         return None, jax.lax.cond(piece[-1], stats, _nothing, piece)
 
-    order, pieces = _kept_first(where, keep, chunk, hidden, tokens)
+    order, pieces = _kept_first(where, keep, slices.tokens, hidden, tokens)
     _, out = jax.lax.scan(slice_stats, None, pieces)
     return tuple(jnp.where(keep, _back(x, order), 0.0) for x in out)
 
 
-def _backward(sampled_tokens, chunk, softcap, residuals, cotangents):
-    here = functools.partial(_backward_here, cut(), sampled_tokens, chunk, softcap)
+def _nothing_seen(tokens: int) -> Seen:
+    zeros = jnp.zeros(tokens, jnp.float32)
+    return Seen(zeros + FLOOR, zeros, zeros, zeros)
+
+
+def _seen_with(seen: Seen, z: Float[Array, "C R"], row: Int[Array, " C"]) -> Seen:
+    """With the logits of further rows; ``row`` is the token's among them, if it lies there."""
+    peak = jnp.maximum(seen.peak, z.max(-1))
+    _, total, weighted, chosen = _seen_from(seen, peak)
+    centred = jnp.maximum(z - peak[:, None], FLOOR)
+    weights = jnp.exp(centred)
+    found = jnp.take_along_axis(z, jnp.clip(row, 0, z.shape[1] - 1)[:, None], 1)[:, 0]
+    chosen = chosen + jnp.where(_inside(row, z.shape[1]), found, 0.0)
+    return Seen(peak, total + weights.sum(-1), weighted + (weights * centred).sum(-1), chosen)
+
+
+def _seen_from(seen: Seen, peak: Float[Array, " C"]) -> Seen:
+    """The same, with sums relative to a higher peak."""
+    shift = seen.peak - peak
+    scale = jnp.exp(shift)
+    return Seen(peak, scale * seen.total, scale * (seen.weighted + seen.total * shift), seen.chosen)
+
+
+def _seen_by_all(seen: Seen, axes: tuple[str, ...]) -> Seen:
+    """Of the rows of all devices along these axes of the mesh."""
+    peak = largest(seen.peak, axes)
+    _, *sums = _seen_from(seen, peak)
+    return Seen(peak, *summed(sums, axes))
+
+
+def _over_rows(step: Callable[[Carry, Array, Array | int], Carry], carry: Carry, table: Array, size: int) -> Carry:
+    """``step(carry, rows, start)`` for each slice of the table's rows, the last one shorter; size 0 is one slice."""
+    count, rest = divmod(len(table), size) if size else (0, len(table))
+
+    def whole_slice(i: Array, carry: Carry) -> Carry:
+        return step(carry, jax.lax.dynamic_slice_in_dim(table, i * size, size), i * size)
+
+    carry = jax.lax.fori_loop(0, count, whole_slice, carry) if count else carry
+    return step(carry, table[count * size :], count * size) if rest else carry
+
+
+def _backward(sampled_tokens, slices, softcap, residuals, cotangents):
+    here = functools.partial(_backward_here, cut(), sampled_tokens, slices, softcap)
     dh, dw = on_each_device(here, ("N", "VD", "N", "N", "", "N", "N", "N", "N"), ("N", "VD"))(*residuals, *cotangents)
     return dh, dw, None, None, jnp.zeros_like(residuals[4])
 
 
 def _backward_here(
-    where, sampled_tokens, chunk, softcap, hidden, table, tokens, keep, temperature, entropy, lse, *cotangents
+    where, sampled_tokens, slices, softcap, hidden, table, tokens, keep, temperature, entropy, lse, *cotangents
 ):
     low = _gathered(table.astype(hidden.dtype), where)
     first = first_row(len(low), where.vocabulary)
     cotangents = [jnp.where(keep, x, 0.0) for x in cotangents]
 
-    def gradient(total, piece):
+    def gradient(dw, piece):
         h, token, ent, norm, a, b, _ = piece
-        z = model_logits(h, low, softcap)
-        logp, p = _distribution(_scaled(z, temperature, sampled_tokens, first), norm)
-        dz = -p * (a[:, None] + b[:, None] * (logp + ent[:, None]))
-        dz = dz.at[jnp.arange(token.size), _own_row(token, first, len(low))].add(a) / temperature
-        dz = _uncapped(dz, z, softcap).astype(h.dtype)
-        dh = jnp.einsum("CV,VD->CD", dz, low, preferred_element_type=jnp.float32)
-        dw = jnp.einsum("CV,CD->VD", dz, h, preferred_element_type=jnp.float32)
-        return total + dw, summed(dh, where.vocabulary).astype(h.dtype)
 
-    def skip(total, piece):
-        return total, jnp.zeros_like(piece[0])
+        def add(sums, rows, start):
+            dh, dw = sums
+            z = model_logits(h, rows, softcap)
+            logp, p = _distribution(_scaled(z, temperature, sampled_tokens, first + start), norm)
+            dz = -p * (a[:, None] + b[:, None] * (logp + ent[:, None]))
+            row = token - first - start
+            dz = dz.at[jnp.arange(row.size), jnp.where(_inside(row, len(rows)), row, len(rows))].add(a, mode="drop")
+            dz = _uncapped(dz / temperature, z, softcap).astype(h.dtype)
+            dh = dh + jnp.einsum("CR,RD->CD", dz, rows, preferred_element_type=jnp.float32)
+            more = jnp.einsum("CR,CD->RD", dz, h, preferred_element_type=jnp.float32)
+            here = jax.lax.dynamic_slice_in_dim(dw, start, len(rows)) + more
+            return dh, jax.lax.dynamic_update_slice_in_dim(dw, here, start, 0)
 
-    def slice_gradient(total, piece):
-        return jax.lax.cond(piece[-1], gradient, skip, total, piece)
+        dh, dw = _over_rows(add, (jnp.zeros(h.shape, jnp.float32), dw), low, slices.rows)
+        return dw, summed(dh, where.vocabulary).astype(h.dtype)
 
-    order, pieces = _kept_first(where, keep, chunk, hidden, tokens, entropy, lse, *cotangents)
+    def skip(dw, piece):
+        return dw, jnp.zeros_like(piece[0])
+
+    def slice_gradient(dw, piece):
+        return jax.lax.cond(piece[-1], gradient, skip, dw, piece)
+
+    order, pieces = _kept_first(where, keep, slices.tokens, hidden, tokens, entropy, lse, *cotangents)
     dw, dh = jax.lax.scan(slice_gradient, jnp.zeros(low.shape, jnp.float32), pieces)
     return _back(dh, order), _scattered(dw, where).astype(table.dtype)
+
+
+def _inside(row: Int[Array, " C"], rows: int) -> Bool[Array, " C"]:
+    return (row >= 0) & (row < rows)
 
 
 def _gathered(table: Array, where: Cut) -> Array:
@@ -159,22 +239,6 @@ def _scattered(dw: Array, where: Cut) -> Array:
     if where.width:
         dw = jax.lax.psum_scatter(dw, where.width, scatter_dimension=1, tiled=True)
     return summed(dw, tuple(axis for axis in where.rows if axis not in where.width))
-
-
-def _chosen(centred: Float[Array, "C V"], token: Int[Array, " C"], first: Array | int) -> Float[Array, " C"]:
-    """The tokens' own entries; 0 where another device has them."""
-    size = centred.shape[1]
-    if isinstance(first, int):
-        return jnp.take_along_axis(centred, token[:, None], 1)[:, 0]
-    found = jnp.take_along_axis(centred, jnp.clip(token - first, 0, size - 1)[:, None], 1)[:, 0]
-    return jnp.where((token >= first) & (token < first + size), found, 0.0)
-
-
-def _own_row(token: Int[Array, " C"], first: Array | int, size: int) -> Int[Array, " C"]:
-    """The place of each token in this device's rows; out of bounds where another device has it."""
-    return (
-        token if isinstance(first, int) else jnp.where((token >= first) & (token < first + size), token - first, size)
-    )
 
 
 def _nothing(piece):
@@ -207,15 +271,15 @@ def token_logprobs(
     keep: Bool[Array, " N"],
     temperature: Float[Array, ""],
     sampled_tokens: int,
-    chunk: int,
+    slices: Slices,
     softcap: float | None,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Log-prob of each kept token and entropy of its distribution (nats) under softmax(logits / temperature), else 0.
 
-    ``sampled_tokens`` is the number of table rows that count; ``chunk`` the tokens per slice; ``softcap`` the bound of
-    the logits. No gradient flows to the temperature.
+    ``sampled_tokens`` is the number of table rows that count; ``slices`` how much is computed at once; ``softcap`` the
+    bound of the logits. No gradient flows to the temperature.
     """
-    return _forward(hidden, table, tokens, keep, temperature, sampled_tokens, chunk, softcap)[0]
+    return _forward(hidden, table, tokens, keep, temperature, sampled_tokens, slices, softcap)[0]
 
 
 token_logprobs = jax.custom_vjp(token_logprobs, nondiff_argnums=(5, 6, 7))

@@ -97,7 +97,7 @@ def judge_request(dialogue: Dialogue, turn: int, spans: Spans) -> JudgeRequest:
     return JudgeRequest(
         profile=dialogue.person,
         situation=dialogue.situation,
-        history=tuple((said.role, _heard(said.role, said.content)) for said in before),
+        history=tuple((said.role, heard(said.role, said.content)) for said in before),
         reply=spans.response,
         understanding=spans.understanding,
         reasoning=spans.reasoning,
@@ -105,7 +105,7 @@ def judge_request(dialogue: Dialogue, turn: int, spans: Spans) -> JudgeRequest:
     )
 
 
-def _heard(role: str, content: str) -> str:
+def heard(role: str, content: str) -> str:
     """What the other side saw of a turn: the reply span where the assistant's text has spans."""
     parsed = parse(content) if role == "assistant" else None
     return parsed.response if isinstance(parsed, Spans) else content

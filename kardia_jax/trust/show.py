@@ -15,7 +15,7 @@ from typing import Any
 from kardia_jax.config import Config, ConfigError, RewardConfig, from_json
 from kardia_jax.dialogue.spans import TAGS, Spans, parse
 from kardia_jax.judge.calibration import Item
-from kardia_jax.rewards.combine import TERMS
+from kardia_jax.rewards.combine import TERMS, heard
 from kardia_jax.rewards.rubric import (
     JudgeFailure,
     JudgeRequest,
@@ -137,7 +137,7 @@ def from_row(row: Mapping[str, Any], rubric: Rubric, weights: RewardConfig, titl
 
 
 def _request(row: Mapping[str, Any]) -> JudgeRequest:
-    history = tuple((said["role"], _heard(said["role"], said["content"])) for said in row["dialogue_so_far"])
+    history = tuple((said["role"], heard(said["role"], said["content"])) for said in row["dialogue_so_far"])
     items = tuple(RubricItem(**item) for item in row.get("rubric_items", ()))
     spans = row["spans"]
     return JudgeRequest(
@@ -149,12 +149,6 @@ def _request(row: Mapping[str, Any]) -> JudgeRequest:
         spans["reasoning"],
         items,
     )
-
-
-def _heard(role: str, content: str) -> str:
-    """The reply alone, where the policy was shown whole answers (data.history)."""
-    parsed = parse(content) if role == "assistant" else None
-    return parsed.response if isinstance(parsed, Spans) else content
 
 
 def _emotion(row: Mapping[str, Any]) -> str:

@@ -157,6 +157,13 @@ def test_what_is_compared_holds_the_seed_and_no_bookkeeping(config_of):
     assert sorted(compared) == ["data", "grpo", "judge", "model", "rewards", "seed", "sft"]
 
 
+def test_what_the_judge_says_is_compared_and_what_watches_it_is_not(config_of):
+    here = comparable(config_of())
+    assert comparable(config_of({"judge.alarms.window": 9})) == here
+    for changed in ({"judge.min_valid": 1}, {"judge.rubric": "kardia_five_strict"}, {"judge.kind": "remote"}):
+        assert comparable(config_of(changed)) != here
+
+
 def test_bad_gradients_in_a_row_stop_the_run():
     check_progress(state_at(9, bad_steps=1), 2, "sft.optimizer")
     with pytest.raises(TrainingError, match=r"sft\.optimizer\.max_bad_steps: 2 updates in a row.*learning_rate"):

@@ -144,14 +144,14 @@ def test_one_minibatch_is_the_batch():
 
 
 def test_advantages_by_hand(config_of):
-    # Group 1: 1 and 0, mean 0.5. Group 2: one verdict, which is its own mean.
+    # Group 1: 1 and 0, mean 0.5. Group 2: one verdict, too few to compare, and in no number.
     config = config_of({"grpo.advantage.scale": "none"})
     graded = graded_by_hand([[1.0, 0.0], [NAN, 1.0]])
     advantages, signal = advantages_of(graded, sampled_by_hand(), config)
     assert advantages.tolist() == [[0.5, -0.5], [0.0, 0.0]]
     assert signal["dead_groups"] == 0.0
     assert signal["silent_groups"] == 0.5
-    assert signal["spread/format"] == 0.5
+    assert signal["spread/format"] == 1.0
     assert set(signal) == {
         *("dead_groups", "silent_groups", "group_spread", "group_std"),
         *("spread/format", "spread/emotion", "spread/rubric"),
@@ -165,6 +165,14 @@ def test_long_completions_pay_inside_the_buffer(config_of):
     )
     advantages, _ = advantages_of(graded_by_hand([[1.0, 1.0], [1.0, 0.0]]), sampled_by_hand(), config)
     assert advantages.tolist() == [[0.25, -0.25], [0.5, -0.5]]
+
+
+@pytest.mark.parametrize("scale", ["batch", "reinforce_pp", "gdpo"])
+def test_a_group_with_too_few_verdicts_is_left_out_of_what_the_others_are_held_against(scale, config_of):
+    config, sampled = config_of({"grpo.advantage.scale": scale, "judge.min_valid": 2}), sampled_by_hand()
+    lone, none = (advantages_of(graded_by_hand([[1.0, 0.0], [NAN, last]]), sampled, config)[0] for last in (0.9, NAN))
+    assert lone.tolist() == none.tolist()
+    assert lone[0, 0] > 0
 
 
 def test_groups_with_too_few_verdicts_leave_the_update():

@@ -134,6 +134,6 @@ def test_as_a_judge_it_gives_the_marks_that_transformers_gives(dir):
         masses += [mass for _, mass in wanted]
     stats = judge.take_stats()
     assert stats["judge/mass"] == pytest.approx(np.mean(masses), abs=1e-4)
-    # It does answer with a level, and what the four prompts share is run once.
+    # It does answer with a level, and what the four prompts share is run once; half of each is a rubric of its own.
     assert min(masses) > 0.8
-    assert stats["judge/tokens"] < 0.6 * stats["judge/tokens_unshared"]
+    assert stats["judge/tokens"] < 0.9 * stats["judge/tokens_unshared"]

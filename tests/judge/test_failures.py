@@ -63,3 +63,20 @@ def test_the_commonest_reasons_come_first_and_the_rest_are_counted():
         "11 of 16 verdicts are missing (69%), allowed are 25%. Why: 4 x reset; 3 x 503; 2 x slow; 2 for other reasons."
     )
     assert len(shortage([Tally(1, 1, ("x" * 1000,))], 0.5)) < LONGEST + 120
+
+
+def test_reasons_that_differ_by_one_answers_words_or_tries_are_one_kind():
+    reasons = (
+        "http://a: answer: wanted one JSON object, got 'Well' (after 3 tries)",
+        "http://a: no answer (after 1 try)",
+        "http://a: answer: wanted one JSON object, got '1. It is' (after 2 tries)",
+        "http://a: no answer (after 2 tries)",
+        "http://b: no answer (after 2 tries)",
+        "http://a: no answer (after 5 tries)",
+    )
+    said = shortage([Tally(6, 6, reasons)], 0.5)
+    assert said.endswith(
+        "Why: 3 x http://a: no answer (after 1 try); "
+        "2 x http://a: answer: wanted one JSON object, got 'Well' (after 3 tries); "
+        "1 x http://b: no answer (after 2 tries)."
+    )

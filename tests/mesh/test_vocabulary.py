@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from kardia_jax.config import SamplerConfig
-from kardia_jax.model.head import token_logprobs
+from kardia_jax.model.head import Slices, token_logprobs
 from kardia_jax.model.sharding import everywhere, on_mesh
 from kardia_jax.rollout.sampling import Controls, draw
 
@@ -19,7 +19,7 @@ ROWS, VOCABULARY, KNOWN, WIDTH = 16, 2400, 2390, 8
 """300 tokens of the table on each of eight devices, so that blocks of 128 end elsewhere than on one."""
 ROUNDING = 1e-5
 """Nats; float32 log-probs of size 10, summed in another order."""
-HEAD = (KNOWN, 3, 4.0)
+HEAD = (KNOWN, Slices(3, 128), 4.0)
 """Rows that count, tokens per slice, cap of the logits."""
 
 

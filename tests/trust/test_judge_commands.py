@@ -15,7 +15,9 @@ def plain_terminal(monkeypatch):
 
 def test_probe_prints_tables_and_the_same_numbers_as_json(capsys):
     assert main(["judge", "probe", "--repeats", "1", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert f"is asked about {found['items']} replies in 1 round" in told.err
     assert main(["judge", "probe", "--repeats", "1"]) == 0
     said = capsys.readouterr().out
     everything = found["all_criteria"]
