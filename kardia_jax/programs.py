@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 from jaxtyping import Array, Float, Int
 
@@ -57,6 +57,7 @@ from kardia_jax.placement import Tree, on_device, own_rows, put, shared_out, to_
 from kardia_jax.rollout import batching, sampler
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import SHORTEST
+from kardia_jax.rollout.sending import Sender
 from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
 
 Programs = Iterator[tuple[str, Compiled]]
@@ -110,16 +111,22 @@ def in_place(function: Callable[..., Any], mesh: Mesh | None) -> Any:
     return jax.jit(function, donate_argnums=0) if mesh is None else InPlace(function, mesh)
 
 
-def _start_sums(mesh: Mesh, params: Params) -> Sums:
-    """``no_sums``, each where its parameter lies."""
-    leaves, tree = jax.tree.flatten(params)
-    return _sums_at(mesh, tree, tuple(leaf.sharding for leaf in leaves))(params)
+def sums_on(mesh: Mesh | None) -> Callable[[Params], Sums]:
+    """``no_sums`` compiled, each gradient where its parameter lies: zeros by themselves would all lie on one device."""
+    if mesh is None:
+        return jax.jit(no_sums)
+
+    def start(params: Params) -> Sums:
+        leaves, tree = jax.tree.flatten(params)
+        return _sums_at(mesh, tree, tuple(leaf.sharding for leaf in leaves))(params)
+
+    return start
 
 
 @functools.cache
-def _sums_at(mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Any:
-    count: Any = everywhere(mesh)
-    out = Sums(jax.tree.unflatten(tree, places), Mean(count, count), count)
+def _sums_at(mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Callable[[Params], Sums]:
+    whole: Any = everywhere(mesh)
+    out = Sums(jax.tree.unflatten(tree, places), Mean(whole, whole), whole)
     return jax.jit(on_mesh(mesh, no_sums), out_shardings=out)
 
 
@@ -258,44 +265,18 @@ def sampler_programs(spec: ModelSpec, compute: Compute, storage: Storage) -> bat
         decode=compiled(model(sampler.decode), donate_argnames="rows"),
         grow=compiled(sampler.grow, static_argnames="columns"),
         keep=compiled(sampler.keep),
-        sent=Sender(compute.mesh, compute.dtype) if compute.mesh is not None and compute.apart else batching.stay,
+        sent=sender(compute),
         share=share_of(compute.mesh),
         shared_out=functools.partial(placed, mesh=compute.mesh),
         look=looking(compute.mesh),
     )
 
 
-class Sender:
-    """Parameters to the sampler's own devices, laid out there by the table: cast where they lie, so that in bfloat16
-    half the bytes travel.
-
-    Under an adapter nothing is cast, since the sampler adds A B to the base in float32 before it casts the sum; what
-    is the same array as last time, the frozen base, is not sent again.
-    """
-
-    def __init__(self, mesh: Mesh, dtype: str):
-        self._mesh, self._dtype = mesh, dtype
-        self._sent: dict[int, tuple[Array, Array]] = {}
-
-    def __call__(self, params: Params) -> Params:
-        places = shardings(params, self._mesh)
-        if not any(path[-1].key == "lora_a" for path, _ in jax.tree_util.tree_leaves_with_path(params)):
-            return jax.device_put(_cast(params, self._dtype), places)
-        before, self._sent = self._sent, {}
-
-        def send(leaf: Array, place: NamedSharding) -> Array:
-            # The pair keeps the array alive, so no other one has its id.
-            known = before.get(id(leaf))
-            copy = jax.device_put(leaf, place) if known is None else known[1]
-            self._sent[id(leaf)] = leaf, copy
-            return copy
-
-        return jax.tree.map(send, params, places)
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _cast(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+def sender(compute: Compute) -> Callable[[Params], Params]:
+    """What brings the parameters to where this sampler samples."""
+    if compute.mesh is None or not compute.apart:
+        return batching.stay
+    return Sender(compute.mesh, jax.jit(lambda params: jax.tree.map(lambda leaf: leaf.astype(compute.dtype), params)))
 
 
 def score(
@@ -426,5 +407,5 @@ def update_by_tokens(
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Mean]]:
         return apply_sums(state, sums, optimizer)
 
-    start = jax.jit(no_sums) if mesh is None else functools.partial(_start_sums, mesh)
+    start = sums_on(mesh)
     return UpdateByTokens(budget, shortest, in_place(accumulate, mesh), in_place(apply, mesh), start, mesh=mesh)

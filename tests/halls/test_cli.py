@@ -232,6 +232,12 @@ def test_a_prompt_over_the_budget(verb, refused, config_of, config_file):
         ({"model.tokenizer": "out/hf"}, "model.tokenizer: wanted mini or a directory with tokenizer.json"),
         ({"data.system_prompt": pathlib.Path("no.txt")}, "data.system_prompt: wanted a UTF-8 text file, got 'no.txt'"),
         ({"data.max_prompt_tokens": 2048}, "data.max_prompt_tokens: wanted at most the model's 2048 positions"),
+        (
+            {"mesh.tensor": 3},
+            "mesh: wanted data x fsdp x tensor = the number of devices, got '1x1x3'. 8 devices; 1 x 1 x 3 = 3",
+        ),
+        ({"mesh.fsdp": -1, "grpo.prompts": 12}, "grpo.prompts / grpo.minibatches: wanted a multiple of 8"),
+        ({"mesh.tensor": -1}, "mesh.tensor: wanted a divisor of the model's 2 query heads, got 8. 2 / 8 = 0.25"),
         ({"run.resume": True}, "run.resume: wanted a complete checkpoint in"),
         ({"run.trackers": ("tensorboard",)}, "trackers: tensorboard needs the package tensorboardX"),
     ],

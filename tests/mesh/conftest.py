@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,12 @@ from kardia_jax.types import GroupBatch, TrainState
 PROMPTS, GROUP, PROMPT, MOST, STEPS = 8, 2, 6, 8, 3
 STOP, PAD = 3, 0
 
-QWEN = ModelSpec("qwen2", 64, 16, 32, 2, 8, 2, 8, tied=False, max_positions=64, token_count=61)
+QWEN = ModelSpec("qwen2", 64, 16, 32, 1, 8, 2, 8, tied=False, max_positions=64, token_count=61)
 """Two kv heads: eight devices keep each of them four times."""
 GEMMA = dataclasses.replace(
     QWEN,
     family="gemma2",
+    layers=2,
     kv_heads=8,
     tied=True,
     query_scalar=20,
@@ -64,8 +65,8 @@ def mesh_of(shape: str) -> Mesh | None:
     return make_mesh(MeshConfig(*map(int, shape.split("x"))))
 
 
-def compute_on(mesh: Mesh | None) -> Compute:
-    return Compute(remat="block", head_chunk=5, mesh=mesh)
+def compute_on(mesh: Mesh | None, remat: Literal["none", "block"] = "none") -> Compute:
+    return Compute(remat=remat, head_chunk=5, mesh=mesh)
 
 
 @functools.cache
@@ -88,18 +89,24 @@ def prompts() -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(4, 61, (PROMPTS, PROMPT)), np.array([6, 2, 1, 3, 5, 4, 6, 2])
 
 
-def steps(name: str, shape: str, micro_batches: int = 1, tokens: int | None = None, order: Any = None) -> Run:
+def steps(
+    name: str,
+    shape: str,
+    micro_batches: int = 1,
+    tokens: int | None = None,
+    order: Sequence[int] = range(PROMPTS),
+    remat: Literal["none", "block"] = "none",
+) -> Run:
     """Three steps of sampling, scoring and updating, as ``train_grpo`` does them; rewards are a sum of token ids."""
     spec, mesh = SPECS[name], mesh_of(shape)
-    compute = compute_on(mesh)
+    compute = compute_on(mesh, remat)
     generate, score = programs.make_generate(spec, compute, rows=PROMPTS * GROUP), programs.make_score(spec, compute)
     update = programs.make_compiled_update(
         spec, compute, OBJECTIVE, OPTIMIZER, 0.9, micro_batches, tokens_per_micro_batch=tokens
     )
     state = programs.make_start(OPTIMIZER, mesh)(on(mesh, start_params(name)))
     reference = on(mesh, start_params(name))
-    (asked, lengths), order = prompts(), np.arange(PROMPTS) if order is None else order
-    asked, lengths = asked[order], lengths[order]
+    asked, lengths = (x[list(order)] for x in prompts())
     controls = Controls(jnp.float32(0.9), jnp.int32(0), jnp.float32(1), jnp.float32(0))
     drawn, measured, compiled = [], [], []
     with CompilationCounter() as compilations:

@@ -16,7 +16,8 @@ def assert_same(one, other) -> None:
     """Tokens bit for bit, the rest within the tolerance."""
     for ours, theirs in zip(one.tokens, other.tokens, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert one.metrics == [pytest.approx(metrics, abs=TOLERANCE, rel=TOLERANCE) for metrics in other.metrics]
+    near = functools.partial(pytest.approx, abs=TOLERANCE, rel=TOLERANCE, nan_ok=True)
+    assert one.metrics == [near(metrics) for metrics in other.metrics]
     close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE, rtol=0)
     jax.tree.map(close, jax.device_get(one.state), jax.device_get(other.state))
 
@@ -26,10 +27,10 @@ def test_one_device_learns(three_steps, name, start_of):
     """What the others are compared with: rows of several lengths, a loss, parameters that move."""
     run = three_steps(name, "1x1x1")
     assert len(np.unique((run.tokens[0] != 0).sum(-1))) > 2
-    assert all(metrics["entropy"] > 1 and metrics["grad_norm"] > 0.1 for metrics in run.metrics)
+    assert all(metrics["entropy"] > 1 and metrics["grad_norm"] > 100 * TOLERANCE for metrics in run.metrics)
     assert run.metrics[2]["kl"] > 10 * TOLERANCE
     moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), jax.device_get(run.state.params), start_of(name))
-    assert min(jax.tree.leaves(moved)) > 100 * TOLERANCE
+    assert min(jax.tree.leaves(moved)) > 50 * TOLERANCE
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -58,6 +59,6 @@ def test_micro_batches_change_nothing_on_a_mesh(three_steps, steps_of, split):
     assert_same(steps_of("qwen", "1x2x4", **split), three_steps("qwen", "1x1x1"))
 
 
-def test_the_order_of_groups_changes_nothing_on_a_mesh(three_steps, steps_of):
-    order = np.array([5, 0, 7, 2, 4, 1, 6, 3])
-    assert_same(steps_of("qwen", "2x2x2", order=order), three_steps("qwen", "1x1x1"))
+def test_neither_the_order_of_groups_nor_recomputation_changes_anything_on_a_mesh(three_steps, steps_of):
+    run = steps_of("qwen", "2x2x2", order=(5, 0, 7, 2, 4, 1, 6, 3), remat="block")
+    assert_same(run, three_steps("qwen", "1x1x1"))
