@@ -117,7 +117,7 @@ def _start_sums(mesh: Mesh, params: Params) -> Sums:
 
 @functools.cache
 def _sums_at(mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Any:
-    count = everywhere(mesh)
+    count: Any = everywhere(mesh)
     out = Sums(jax.tree.unflatten(tree, places), Mean(count, count), count)
     return jax.jit(on_mesh(mesh, no_sums), out_shardings=out)
 
