@@ -74,7 +74,10 @@ def runs(tmp_path_factory) -> pathlib.Path:
     for name in ("on-1", "on-2"):
         shutil.copytree(root / "grpo-4", root / name)
     two = together(
-        2, job("grpo", "grpo-2", [2, 1, 1]), job("grpo", "on-2", [1, 1, 2], resume=True), job("sft", "sft-2", [1, 2, 1])
+        2,
+        job("grpo", "grpo-2", [2, 1, 1], rows=8),
+        job("grpo", "on-2", [1, 1, 2], resume=True),
+        job("sft", "sft-2", [1, 2, 1]),
     )
     assert [code for code, _ in two] == [0, 0], two
     alone = [job("grpo", "grpo-1", [1, 1, 1]), job("sft", "sft-1", [1, 1, 1])]

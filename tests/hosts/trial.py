@@ -7,6 +7,7 @@ folder, ``params.npz`` and ``asked-PROCESS.json``: which replies this process as
 """
 
 import asyncio
+import dataclasses
 import json
 import os
 import pathlib
@@ -35,6 +36,7 @@ from kardia_jax.config import (
 )
 from kardia_jax.dialogue.spans import Spans
 from kardia_jax.hosts import is_first, joined
+from kardia_jax.model.shapes import SHAPES
 from kardia_jax.model.sharding import make_mesh
 from kardia_jax.placement import everybodys
 from kardia_jax.policies import load_policy
@@ -45,6 +47,7 @@ from kardia_jax.sft import train_sft
 from kardia_jax.train import train_grpo
 
 # A large epsilon: Adam would otherwise make a whole step of a gradient that is nothing but rounding.
+SHAPES["one-layer"] = dataclasses.replace(SHAPES["tiny-qwen3"], layers=1)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_share=0.0, epsilon=1e-3)
 
 
@@ -68,13 +71,13 @@ class Judge:
         return Verdict(tuple(Mark(name, mark, "checksum") for name, mark in marks.items()))
 
 
-def config_of(folder: str, mesh: tuple[int, int, int], hosts: HostsConfig, resume: bool) -> Config:
-    """Two updates a step, a step of lag, a reference and more prompts than seats: everything that moves rows."""
+def config_of(folder: str, mesh: tuple[int, int, int], hosts: HostsConfig, resume: bool, rows: int = 0) -> Config:
+    """Two updates a step, a step of lag, a reference and, with ``rows``, more prompts than seats: what moves rows."""
     root = pathlib.Path(__file__).parents[2]
     return Config(
         run=RunConfig(pathlib.Path(folder), save_every=2, console=False, log_rollouts=-1, auto_resume=resume),
         data=DataConfig(system_prompt=root / "configs/demo_system_prompt.txt", train_limit=8),
-        model=ModelConfig(source="tiny-qwen3"),
+        model=ModelConfig(source="one-layer", remat="none"),
         mesh=MeshConfig(*mesh),
         hosts=hosts,
         sft=SftConfig(epochs=0.5, batch=4, tokens_per_micro_batch=500, length_window=1, optimizer=OPTIMIZER),
@@ -84,7 +87,7 @@ def config_of(folder: str, mesh: tuple[int, int, int], hosts: HostsConfig, resum
             group=2,
             minibatches=2,
             lag=1,
-            sampler=SamplerConfig(max_new_tokens=6, rows=8),
+            sampler=SamplerConfig(max_new_tokens=6, rows=rows),
             loss=LossConfig(beta=0.1),
             optimizer=OPTIMIZER,
         ),
@@ -98,7 +101,7 @@ def lenient_parse(text: str) -> Spans:
 
 def trial(job: dict[str, Any], hosts: HostsConfig) -> None:
     """One run; must be called in all processes."""
-    config = config_of(job["folder"], tuple(job["mesh"]), hosts, job.get("resume", False))
+    config = config_of(job["folder"], tuple(job["mesh"]), hosts, job.get("resume", False), job.get("rows", 0))
     policy = load_policy(config.model, config.run.seed, make_mesh(config.mesh))
     if job["verb"] == "sft":
         policy = train_sft(config, policy)
