@@ -1,11 +1,12 @@
 # make demo: the whole path in minutes. make test: all tests. make check: what CI runs.
+# make plan-tpu: the recipes compiled for real TPU slices, on any CPU; writes the table of docs/scaling.md.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 
-.PHONY: demo test check lint install install-test clean
+.PHONY: demo test check lint plan-tpu install install-test clean
 
 demo: install
 	$(BIN)/kardia demo configs/demo.py --seeds $(SEEDS)
@@ -20,6 +21,10 @@ lint: install-test
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
+
+plan-tpu: install-test
+	rm -rf runs/plans
+	$(BIN)/python benchmarks/plans.py tpu runs/plans
 
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test

@@ -7,10 +7,11 @@
     kardia verify models/qwen --against transformers
     kardia bench step --model qwen2.5-0.5b --group 16
     kardia judge serve --judge.kind rules
+    kardia plan configs/kardia_qwen2_5_7b.py --topology v5e:4x4 --mesh.fsdp 4 --mesh.tensor 4
 
 A config file is Python with ``get_config() -> Config``; what follows overrides its fields. Errors that a person can
-mend are one message on stderr and exit code 2 (1 for a run that stopped, or checkpoints that differ);
-anything else is a bug and shows its trace.
+mend are one message on stderr and exit code 2 (1 for a run that stopped, checkpoints
+that differ, or a plan that fits nowhere); anything else is a bug and shows its trace.
 """
 
 import errno
@@ -27,6 +28,7 @@ from typing import Annotated, Literal
 import tyro
 
 from kardia_jax.config import BenchConfig, Config, ConfigError, ImportBenchConfig
+from kardia_jax.platforms import leave_out_absent_tpus
 
 USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
 
@@ -40,6 +42,7 @@ USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
   doctor   what this machine and this installation can do
   bench    step, sample, update or import: seconds by phase, memory, and how near the machine's ceilings that is
   judge    serve, probe or show: the judge over HTTP; whether it can be trusted; one graded completion in full
+  plan     will it fit, and how fast may it be: bytes, collectives and an estimate of a step, without an accelerator
 
   kardia VERB --help lists every field with its default. CONFIG.py is a Python file with get_config()."""
 
@@ -121,6 +124,21 @@ class VerifyArgs:
 
 
 @dataclass(frozen=True)
+class PlanArgs:
+    """What a GRPO run needs on so many devices, compiled with abstract values: no weights, no accelerator."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    devices: int | None = None
+    """Devices of the mesh; none: as many as its sizes make, or the chips of the topology."""
+    chip: str | None = None
+    """v5e, v5p, v6e, a100-40, a100-80, h100, h200 or l40s; none: all of them."""
+    topology: str | None = None
+    """A TPU slice to compile for, like v5e:4x4; needs the extra `plan`."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True)
 class DoctorArgs:
     """What this machine and this installation can do, one line each; takes no arguments."""
 
@@ -129,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     # transformers would advise everybody to install PyTorch, which this package does without.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    leave_out_absent_tpus()
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments else "--help"
     if verb in ("-h", "--help", "help"):
@@ -365,6 +384,16 @@ def _judge(arguments: list[str]) -> None:
     run(arguments, config_file)
 
 
+def _plan(arguments: list[str]) -> int:
+    args = tyro.cli(PlanArgs, prog="kardia plan", default=PlanArgs(config_file(arguments)), args=arguments)
+    from kardia_jax.plan.report import text
+    from kardia_jax.plan.run import plan
+
+    found = plan(args.config, args.devices, args.chip, args.topology)
+    print(json.dumps(found) if args.json else text(found))
+    return 0 if any(one["fits"] for one in found["chips"]) else 1
+
+
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "demo": _demo,
     "sft": _sft,
@@ -376,4 +405,5 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "doctor": _doctor,
     "bench": _bench,
     "judge": _judge,
+    "plan": _plan,
 }

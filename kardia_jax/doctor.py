@@ -15,7 +15,12 @@ from kardia_jax.model.shapes import SHAPES
 from kardia_jax.policies import load_tokenizer
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain", "safetensors")
-EXTRAS = {"track": ("tensorboardX", "wandb", "trackio", "mlflow"), "serve": ("fastapi", "uvicorn"), "test": ("torch",)}
+EXTRAS = {
+    "track": ("tensorboardX", "wandb", "trackio", "mlflow"),
+    "serve": ("fastapi", "uvicorn"),
+    "plan": ("libtpu",),
+    "test": ("torch",),
+}
 
 
 def diagnose() -> None:

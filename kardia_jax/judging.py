@@ -153,14 +153,17 @@ class Grading:
         return bool(self._sample)
 
     def audited(self) -> dict[str, float]:
-        """The gap between the two judges; whatever goes wrong with the second one is counted and stops nothing."""
+        """The gap between the two judges, and what the second one counted and cost (``audit/judge/...``); whatever goes
+        wrong with it is counted and stops nothing."""
         try:
             second = self._everybodys(self._audit.answers)
         except JudgeUnusableError as error:
             why = str(error)
             second = self._everybodys(lambda: self._audit.failed(why))
-        rubric = self._grader.rubric
-        return audit_metrics(compare(rubric, [self._said[at] for at in second], list(second.values())))
+        rubric, auditor = self._grader.rubric, self._grader.auditor
+        found = audit_metrics(compare(rubric, [self._said[at] for at in second], list(second.values())))
+        counted = {} if auditor is None else reduced(self._held.share, take_stats(auditor))
+        return found | {f"audit/{name}": value for name, value in counted.items()}
 
     def metrics(self) -> dict[str, float]:
         """What the judge's time came to."""

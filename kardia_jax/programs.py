@@ -38,6 +38,7 @@ from kardia_jax.grpo.update import (
 from kardia_jax.hosts import alone
 from kardia_jax.judge.sharing import SharedRows
 from kardia_jax.keys import Purpose, key_for
+from kardia_jax.model.backends import Machine
 from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.head import sampled_logits
 from kardia_jax.model.lora import joined, with_dropout
@@ -212,13 +213,14 @@ def shape_of(batch: GroupBatch) -> str:
     return f"{groups} groups x ({batch.prompt_tokens.shape[1]} + {group} x {completion}) tokens"
 
 
-def compute_for(config: ModelConfig, mesh: Mesh | None = None) -> Compute:
-    """The compute settings of this machine: what the config leaves open is float32 and small slices of the vocabulary
-    on CPU, bfloat16 and the whole of it elsewhere."""
-    native, rows = ("float32", 1024) if jax.default_backend() == "cpu" else ("bfloat16", 0)
+def compute_for(config: ModelConfig, mesh: Mesh | None = None, machine: Machine | None = None) -> Compute:
+    """The compute settings for this machine or another: what the config leaves open is float32 and small slices of the
+    vocabulary on CPU, bfloat16 and the whole of it elsewhere."""
+    platform = machine.platform if machine else jax.default_backend()
+    native, rows = ("float32", 1024) if platform == "cpu" else ("bfloat16", 0)
     dtype = native if config.dtype == "auto" else config.dtype
     chunks = config.head_chunk, config.vocab_chunk or rows
-    return Compute(dtype, config.remat, *chunks, config.unroll, config.attention, mesh)
+    return Compute(dtype, config.remat, *chunks, config.unroll, config.attention, mesh, machine=machine)
 
 
 def sampling_compute(spec: ModelSpec, compute: Compute, config: MeshConfig) -> Compute:
@@ -234,6 +236,11 @@ def sampling_compute(spec: ModelSpec, compute: Compute, config: MeshConfig) -> C
 @functools.cache
 def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPUTED, rows: int = 0) -> Generate:
     """``rollout.batching.roll_out`` with its compiled programs, for at most ``rows`` rows at once (0: no limit)."""
+    return functools.partial(batching.roll_out, sampler_programs(spec, compute, storage), rows)
+
+
+def sampler_programs(spec: ModelSpec, compute: Compute, storage: Storage) -> batching.Programs:
+    """What ``roll_out`` calls."""
 
     def model(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(function, spec, compute, storage)
@@ -244,7 +251,7 @@ def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPU
         out = jax.tree.map(functools.partial(rows_sharding, compute.mesh), sampler.ROWS)
         return jax.jit(on_mesh(compute.mesh, function), out_shardings=out, **options)
 
-    programs = batching.Programs(
+    return batching.Programs(
         weights=jax.jit(on_mesh(compute.mesh, lambda params: decoding_weights(spec, params, compute.dtype, storage))),
         empty=compiled(model(sampler.empty), static_argnames=("prompts", "size", "columns", "budget")),
         admit=compiled(model(sampler.admit), donate_argnames="rows"),
@@ -256,7 +263,6 @@ def make_generate(spec: ModelSpec, compute: Compute, storage: Storage = AS_COMPU
         shared_out=functools.partial(placed, mesh=compute.mesh),
         look=looking(compute.mesh),
     )
-    return functools.partial(batching.roll_out, programs, rows)
 
 
 class Sender:
@@ -308,6 +314,21 @@ def score(
     )
 
 
+@dataclass(frozen=True)
+class ScoreOnMesh:
+    """``score`` compiled for a mesh; the batch is shared out on its way in."""
+
+    program: Any
+    """Compiled: (params, batch, temperature) -> (logprobs, entropy)."""
+    mesh: Mesh
+
+    def __call__(self, params: Params, batch: GroupBatch, temperature: Float[Array, ""]) -> tuple[Array, Array]:
+        return self.program(params, placed(batch, self.mesh), temperature)
+
+    def lower(self, params: Params, batch: GroupBatch, temperature: Float[Array, ""]) -> Lowered:
+        return self.program.lower(params, batch, temperature)
+
+
 @functools.cache
 def make_score(spec: ModelSpec, compute: Compute) -> Score:
     """``score`` compiled: (params, batch, temperature) -> (logprobs, entropy); parameters may be in host memory."""
@@ -319,7 +340,7 @@ def make_score(spec: ModelSpec, compute: Compute) -> Score:
     if mesh is None:
         return jax.jit(fetch_and_score)
     program = jax.jit(on_mesh(mesh, fetch_and_score), out_shardings=rows_sharding(mesh))
-    return lambda params, batch, temperature: program(params, placed(batch, mesh), temperature)
+    return ScoreOnMesh(program, mesh)
 
 
 def next_logprobs(

@@ -12,7 +12,7 @@ The judge is asked about a completion as soon as it ends, while the device decod
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ from kardia_jax.rollout.engine import Sampled, sample
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.run import check_progress, open_run, report_data, start_state
 from kardia_jax.scoring import Graded, Grader, reward_metrics, rollout_rows
-from kardia_jax.types import GroupBatch, Params, Rollouts
+from kardia_jax.types import GroupBatch, Mean, Params, Rollouts, TrainState
 from kardia_jax.warmup import memory_errors, warm_grpo
 
 
@@ -148,29 +148,22 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
             enough = enough_verdicts(graded, config.judge.min_valid)
             batch = batch._replace(advantages=advantages[held.own], loss_rows=batch.loss_rows & enough[held.own])
             with timer.phase("update"):
-                parts = []
-                for part in minibatches(batch, grpo):
-                    state, means = update(state, part, policy.frozen)
-                    parts.append(to_host(means))
+                state, learned = learn(update, state, policy.frozen, minibatches(batch, grpo))
             check_progress(state, grpo.optimizer.max_bad_steps, "grpo.optimizer")
             # ---- Report
-            metrics = {
-                **values(merge(parts)),
-                **reward_metrics(graded),
-                **signal,
-                **rollout_metrics(known, graded),
-                **grading.metrics(),
-                **judging.metrics(),
+            progress = {
                 "epoch": float(order.epoch_of(step)),
                 "learning_rate": float(np.asarray(rate(int(state.step) - 1))),
             }
+            judged = grading.metrics() | judging.metrics()
             if grading.has_audit:
                 with timer.phase("audit"):
-                    metrics |= grading.audited()
-            shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
-            rows = list(rollout_rows(asked[shown], known.texts_P_G[shown], graded))
+                    judged |= grading.audited()
+            metrics = learned | reward_metrics(graded) | signal | rollout_metrics(known, graded) | judged | progress
             for sign in alarms.update(metrics):
                 run.console.message(f"step {step + 1}: {sign}")
+            shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
+            rows = list(rollout_rows(asked[shown], known.texts_P_G[shown], graded))
             run.finish_step(step + 1, state, metrics, rows, hands)
     return policy._replace(params=state.params)
 
@@ -242,6 +235,21 @@ def minibatches(batch: GroupBatch, grpo: GrpoConfig) -> list[GroupBatch]:
 
     parts = [cut(start) for start in range(0, rows, size)] * grpo.passes
     return parts if grpo.lag else [parts[0]._replace(old_logprobs=None), *parts[1:]]
+
+
+Update = Callable[[TrainState, GroupBatch, Params], tuple[TrainState, dict[str, Mean]]]
+"""One update: (state, batch, frozen parameters) to the next state and undivided metrics."""
+
+
+def learn(
+    update: Update, state: TrainState, frozen: Params, parts: Sequence[GroupBatch]
+) -> tuple[TrainState, dict[str, float]]:
+    """The updates of one step, one after another, and their metrics over all of them; the state is donated."""
+    found = []
+    for part in parts:
+        state, means = update(state, part, frozen)
+        found.append(to_host(means))
+    return state, values(merge(found))
 
 
 def advantages_of(graded: Graded, sampled: Sampled, config: Config) -> tuple[Float[Array, "P G"], dict[str, float]]:

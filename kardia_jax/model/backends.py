@@ -6,16 +6,19 @@ layer: its scan over layers carries the window as a number, and kernels want it 
 query a row and is always XLA's (``decoding.py``).
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kardia_jax.config import ConfigError
 from kardia_jax.model import cudnn, splash
 from kardia_jax.model.attention import Scoring, Window, causal_attention, group_attention
 from kardia_jax.model.fused import Kernel, Keys, fused_attention
+from kardia_jax.model.sharding import active, fitting
 
 Backend = Literal["xla", "cudnn", "splash"]
 Wanted = Literal["auto", "xla", "cudnn", "splash"]
@@ -27,7 +30,7 @@ KERNELS: dict[Backend, Kernel] = {"cudnn": cudnn.KERNEL, "splash": splash.kernel
 
 
 class Machine(NamedTuple):
-    """Where the program runs."""
+    """Where the program runs; it may be another machine than the one that compiles it."""
 
     platform: str
     """As JAX calls it: cpu, gpu or tpu."""
@@ -89,12 +92,13 @@ def prompt_attention(
     v: Float[Array, "B K S E"],
     scoring: Scoring,
     window: Window,
+    where: Machine | None = None,
 ) -> Float[Array, "B H S E"]:
-    """``causal_attention`` by the backend of this layer."""
-    kernel = _kernel(wanted, q, scoring, window)
+    """``causal_attention`` by the backend of this layer, for this machine or another (``where``)."""
+    kernel = _kernel(wanted, where or machine(), q, scoring, window)
     if kernel is None:
         return causal_attention(q, k, v, scoring, window)
-    return fused_attention(kernel, scoring, q, (Keys(k, v, None),))
+    return _fused(kernel, scoring, q, (Keys(k, v, None),))
 
 
 def completion_attention(
@@ -107,19 +111,40 @@ def completion_attention(
     prompt_lengths: Int[Array, "P G"],
     scoring: Scoring,
     window: Window,
+    where: Machine | None = None,
 ) -> Float[Array, "P G H T E"]:
-    """``group_attention`` of whole completions by the backend of this layer.
+    """``group_attention`` of whole completions by the backend of this layer, for this machine or another (``where``).
 
     Kernels have one length a row, and the completions of a group may continue different parts of their prompt: so each
     is a row, and reads a copy of the prompt's keys that lives for this layer only.
     """
-    kernel = _kernel(wanted, q, scoring, window)
+    kernel = _kernel(wanted, where or machine(), q, scoring, window)
     if kernel is None:
         return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, scoring, window)
     group = q.shape[1]
     rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
     shared = Keys(_repeated(prompt_k, group), _repeated(prompt_v, group), prompt_lengths.reshape(-1))
-    return fused_attention(kernel, scoring, rows[0], (shared, Keys(rows[1], rows[2], None))).reshape(q.shape)
+    return _fused(kernel, scoring, rows[0], (shared, Keys(rows[1], rows[2], None))).reshape(q.shape)
+
+
+def _fused(kernel: Kernel, scoring: Scoring, q: Float[Array, "B H T E"], sets: tuple[Keys, ...]) -> Array:
+    """``fused_attention``; on a mesh each device runs the kernel on its own rows and heads: XLA cannot cut a kernel."""
+    run, mesh = functools.partial(fused_attention, kernel, scoring), active()
+    if mesh is None:
+        return run(q, sets)
+
+    def where(axes: str, x: Array | None) -> PartitionSpec | None:
+        return None if x is None else fitting(axes, "moving", x.shape, mesh)
+
+    queries = where("PH..", q)
+    keys = tuple((where("PK..", one.k), where("PK..", one.v), where("P", one.lengths)) for one in sets)
+    arrays = tuple(tuple(one) for one in sets)
+    return jax.shard_map(
+        lambda q, sets: run(q, tuple(Keys(*one) for one in sets)),
+        in_specs=(queries, keys),
+        out_specs=queries,
+        check_vma=False,
+    )(q, arrays)
 
 
 def _repeated(x: Float[Array, "P K S E"], group: int) -> Float[Array, "P*G K S E"]:
@@ -127,7 +152,7 @@ def _repeated(x: Float[Array, "P K S E"], group: int) -> Float[Array, "P*G K S E
     return jnp.repeat(x.astype(jnp.float32), group, axis=0).astype(x.dtype)
 
 
-def _kernel(wanted: Wanted, q: Array, scoring: Scoring, window: Window) -> Kernel | None:
+def _kernel(wanted: Wanted, where: Machine, q: Array, scoring: Scoring, window: Window) -> Kernel | None:
     """None is XLA."""
     layer = Layer(q.dtype.name, q.shape[-1], scoring.softcap, window is not None)
-    return KERNELS.get(chosen(wanted, machine(), layer))
+    return KERNELS.get(chosen(wanted, where, layer))

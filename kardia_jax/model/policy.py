@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kardia_jax.model.attention import Scoring, Window
-from kardia_jax.model.backends import Wanted, completion_attention, prompt_attention
+from kardia_jax.model.backends import Machine, Wanted, completion_attention, prompt_attention
 from kardia_jax.model.embedding import looked_up
 from kardia_jax.model.head import Slices, model_logits, token_logprobs
 from kardia_jax.model.layers import Block, Kind, norm, rotations, stacked_kinds, turn_of
@@ -49,6 +49,13 @@ class Compute:
     """Where programs run; None: on one device. See ``sharding.py``."""
     apart: bool = False
     """The mesh is the sampler's own: parameters lie elsewhere and are sent there."""
+    machine: Machine | None = None
+    """What the program is compiled for; None: the machine that compiles it."""
+
+    @property
+    def attending(self) -> dict[str, Any]:
+        """How the attention of every layer is chosen."""
+        return {"attention": self.attention, "where": self.machine}
 
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up")
@@ -115,7 +122,7 @@ def group_hidden(
 
     def block(carry: tuple[Array, Array], layer: tuple[Params, Kind]) -> tuple[tuple[Array, Array], None]:
         (prompt, completion), (weights, kind) = carry, layer
-        how = {"attention": compute.attention, "scoring": scoring_of(spec), "window": kind.window}
+        how = {**compute.attending, "scoring": scoring_of(spec), "window": kind.window}
         attend_prompt = functools.partial(_attend_prompt, **how)
         prompt, (k, v) = apply(Block(spec), weights, prompt, turn_of(prompt_turns, kind), attend_prompt)
         attend_group = functools.partial(_attend_group, prompt_k=k, prompt_v=v, prompt_lengths=prompt_lengths, **how)
@@ -163,7 +170,7 @@ def run_prompt(
 
     def block(x: Array, layer: tuple[Params, Kind]) -> tuple[Array, tuple[Array, Array]]:
         weights, kind = layer
-        how = {"attention": compute.attention, "scoring": scoring_of(spec), "window": kind.window}
+        how = {**compute.attending, "scoring": scoring_of(spec), "window": kind.window}
         attend = functools.partial(_attend_prompt, **how)
         return apply(Block(spec), weights, x, turn_of(turns, kind), attend)
 
@@ -172,9 +179,9 @@ def run_prompt(
 
 
 def _attend_prompt(
-    q: Array, k: Array, v: Array, attention: Wanted, scoring: Scoring, window: Window
+    q: Array, k: Array, v: Array, attention: Wanted, scoring: Scoring, window: Window, where: Machine | None = None
 ) -> tuple[Array, tuple[Array, Array]]:
-    return prompt_attention(attention, q, k, v, scoring, window), (k, v)
+    return prompt_attention(attention, q, k, v, scoring, window, where), (k, v)
 
 
 def _attend_group(
@@ -187,9 +194,10 @@ def _attend_group(
     attention: Wanted,
     scoring: Scoring,
     window: Window,
+    where: Machine | None,
 ) -> tuple[Array, None]:
     prompt = (prompt_k, prompt_v, prompt_lengths)
-    return completion_attention(attention, q, k, v, *prompt, scoring, window), None
+    return completion_attention(attention, q, k, v, *prompt, scoring, window, where), None
 
 
 def apply(module: nn.Module, params: Params, *inputs: Any) -> Any:

@@ -56,6 +56,8 @@ QWEN25_3B = dataclasses.replace(
     QWEN25_7B, vocab_size=151_936, width=2048, mlp_width=11_008, layers=36, heads=16, kv_heads=2, tied=True
 )
 
+QWEN25_14B = dataclasses.replace(QWEN25_7B, width=5120, mlp_width=13_824, layers=48, heads=40, kv_heads=8)
+
 GEMMA_7B = ModelSpec(
     family="gemma",
     vocab_size=256_000,
@@ -80,6 +82,7 @@ SHAPES: dict[str, ModelSpec] = {
     "qwen2.5-1.5b": dataclasses.replace(QWEN25_3B, width=1536, mlp_width=8960, layers=28, heads=12),
     "qwen2.5-3b": QWEN25_3B,
     "qwen2.5-7b": QWEN25_7B,
+    "qwen2.5-14b": QWEN25_14B,
     "gemma-2b": dataclasses.replace(GEMMA_7B, width=2048, mlp_width=16_384, layers=18, heads=8, kv_heads=1),
     "gemma-7b": GEMMA_7B,
 }

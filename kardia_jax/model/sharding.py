@@ -102,7 +102,7 @@ def _mesh(sizes: Sizes, devices: Sequence[Any]) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_mesh(spec: ModelSpec, mesh: Mesh | None, field: str = "mesh") -> None:
+def check_mesh(spec: ModelSpec, mesh: Mesh | AbstractMesh | None, field: str = "mesh") -> None:
     """Raises ConfigError for a model that this mesh, of this field of the config, does not divide."""
     if mesh is None:
         return
@@ -119,7 +119,7 @@ def check_mesh(spec: ModelSpec, mesh: Mesh | None, field: str = "mesh") -> None:
     require(not (heads % parts and parts % heads), f"{field}.{'*'.join(TABLE['K'].moving)}", wanted, parts, fix)
 
 
-def check_rows(rows: int, what: str, mesh: Mesh | None, micro_batches: int = 1) -> None:
+def check_rows(rows: int, what: str, mesh: Mesh | AbstractMesh | None, micro_batches: int = 1) -> None:
     """Raises ConfigError for a batch whose micro-batches the mesh does not divide; ``what`` names it: grpo.prompts."""
     if mesh is None:
         return
@@ -213,7 +213,7 @@ def _letters(parent: str, leaf: str) -> str:
     return by_leaf.get(leaf, ".")
 
 
-def shardings(tree: Any, mesh: Mesh, column: Column = "stored") -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, column: Column = "stored") -> Any:
     """The sharding of every leaf: parameters and moments by the table, counters on every device."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

@@ -61,6 +61,7 @@ def test_a_verbs_help_lists_every_field_with_its_default(verb, capsys):
         ("verify", (" A ", " B", "--against {directory,transformers}", "--json", "--tolerance", "(default: 64)")),
         ("doctor", ("no arguments",)),
         ("bench", ("{step,sample,update,import}",)),
+        ("plan", ("--devices", "--topology", "--chip", "--json", "--mesh.fsdp", "--grpo.group")),
     ],
 )
 def test_the_other_verbs_have_help_too(verb, pieces, capsys):
@@ -88,7 +89,8 @@ def test_the_package_is_a_program():
         (
             ("frob",),
             (
-                "verb: wanted one of demo, sft, grpo, eval, import, export, verify, doctor, bench, judge, got 'frob'",
+                "verb: wanted one of demo, sft, grpo, eval, import, export, verify, doctor, bench, ",
+                "judge, plan, got 'frob'",
                 "kardia VERB --help",
             ),
         ),

@@ -126,7 +126,7 @@ def test_without_lag_a_completion_is_judged_while_others_are_to_come(
 
 @functools.cache
 def plain_logits(spec):
-    compute = Compute("float32", "none", 128, 1, "xla")
+    compute = Compute("float32", "none", attention="xla")
     return jax.jit(lambda params, rows: logits(spec, compute, params, rows, None)[..., : spec.sampled_tokens])
 
 
