@@ -113,8 +113,11 @@ def joined(config: Config) -> Iterator[None]:
             why = str(error).splitlines()[0][:300]
             raise HostsError(f"lost another process, whose own log says why: {why}") from error
         raise
-    finally:
+    except SystemExit:  # All have been told to stop, and saved the same step.
         watcher.stop()
+        jax.distributed.shutdown()
+        raise
+    watcher.stop()
     jax.distributed.shutdown()
 
 
@@ -122,11 +125,16 @@ def _initialize(config: HostsConfig, found: str) -> None:
     by_hand = found == "by hand"
     if by_hand and config.process == 0:
         _require_free(config.coordinator)
-    who: dict[str, Any] = {"coordinator_address": config.coordinator, "num_processes": config.processes}
-    named: dict[str, Any] = who | {"process_id": config.process} if by_hand else {}
+    who: dict[str, Any] = {}
+    if by_hand:
+        who = {
+            "coordinator_address": config.coordinator,
+            "num_processes": config.processes,
+            "process_id": config.process,
+        }
     try:
         jax.distributed.initialize(
-            **named,
+            **who,
             cluster_detection_method="deactivate" if by_hand else JAX_NAMES.get(found, found),
             initialization_timeout=config.join_seconds + SLACK_SECONDS,
             heartbeat_timeout_seconds=config.heartbeat_seconds,

@@ -162,7 +162,7 @@ class Grading:
             second = self._everybodys(lambda: self._audit.failed(why))
         rubric, auditor = self._grader.rubric, self._grader.auditor
         found = audit_metrics(compare(rubric, [self._said[at] for at in second], list(second.values())))
-        counted = reduced(self._held.share, {} if auditor is None else take_stats(auditor))
+        counted = {} if auditor is None else reduced(self._held.share, take_stats(auditor))
         return found | {f"audit/{name}": value for name, value in counted.items()}
 
     def metrics(self) -> dict[str, float]:

@@ -71,6 +71,8 @@ def share_of(mesh: Mesh | None) -> Share:
         fix = "Set mesh.data or mesh.fsdp to -1: the devices of all processes."
         require(alone(), "mesh", f"the devices of all {jax.process_count()} processes", "1x1x1", fix)
         return WHOLE
+    if alone():
+        return WHOLE._replace(owners=(0,) * row_shards(mesh))
     grid = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(row_shards(mesh), -1)
     held: dict[frozenset[int], list[int]] = {}
     for shard, processes in enumerate(grid):
