@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from kardia_jax.config.judge import EndpointConfig, JudgeSamplingConfig, TrafficConfig
 from kardia_jax.judge.cache import VerdictCache
@@ -149,19 +148,20 @@ class EndpointJudge:
         return self._servers[1]
 
 
-def identity(endpoint: EndpointConfig, sampling: JudgeSamplingConfig, rubric: Rubric) -> dict[str, Any]:
-    """What a verdict depends on besides its prompt. Addresses and prices are not among it."""
-    return {
+def identity(endpoint: EndpointConfig, sampling: JudgeSamplingConfig, rubric: Rubric) -> str:
+    """What a verdict depends on besides its prompt, as canonical JSON. Addresses and prices are not among it."""
+    content = {
         "model": endpoint.model,
         "response_format": endpoint.response_format,
         "extra_body": endpoint.extra,
         "sampling": dataclasses.asdict(sampling),
         "rubric": rubric.fingerprint,
     }
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
-def cache_key(identity: dict[str, Any], asked: Sequence[Question]) -> str:
-    """SHA-256 of judge, sampling, rubric and the exact prompts, as canonical JSON."""
-    content = {**identity, "prompts": [question.prompt for question in asked]}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def cache_key(identity: str, asked: Sequence[Question]) -> str:
+    """SHA-256 of judge, sampling, rubric and the exact prompts, each behind its length so that none runs into the
+    next."""
+    parts = [part.encode("utf-8", "surrogatepass") for part in (identity, *(question.prompt for question in asked))]
+    return hashlib.sha256(b"".join(b"%d:%s" % (len(part), part) for part in parts)).hexdigest()

@@ -10,6 +10,7 @@ Verdict(marks=(Mark(criterion='tone', mark=4, reason='Warm.', spread=None),))
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 from kardia_jax.rewards.rubric import HIGHEST, LOWEST, JudgeRequest, Mark, Rubric, Verdict
 
@@ -30,12 +31,15 @@ def verdict_from_json(text: str) -> Verdict:
         raise ValueError(f"verdict: wanted {wanted}, got {text!r:.80} ({error})") from error
 
 
-def _mark(criterion: object, mark: object, reason: object, spread: object) -> Mark:
-    match criterion, mark, reason, spread:
-        case str(name), int(value) | float(value), str(why), int(spread) | float(spread) | (None as spread) if (
-            LOWEST <= value <= HIGHEST and not isinstance(value, bool)
-        ):
-            return Mark(name, value, why, spread)
+_NUMBERS = (int, float)
+"""By exact type: true and false are ints to Python."""
+
+
+def _mark(criterion: Any, mark: Any, reason: Any, spread: Any) -> Mark:
+    texts = type(criterion) is str and type(reason) is str
+    numbers = type(mark) in _NUMBERS and (spread is None or type(spread) in _NUMBERS)
+    if texts and numbers and LOWEST <= mark <= HIGHEST:
+        return Mark(criterion, mark, reason, spread)
     raise ValueError(f"a mark cannot be {mark!r:.40}")
 
 

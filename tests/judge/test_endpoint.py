@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kardia_jax.judge.cache import VerdictCache
+from kardia_jax.judge.chat import usage
 from kardia_jax.judge.protocol import JudgeUnusableError, score_all
 from kardia_jax.rewards.rubric import Criterion, JudgeFailure, Rubric, Verdict
 
@@ -163,6 +164,21 @@ def test_a_bad_call_does_not_change_the_format_of_the_others(serve, kit):
     before = len(server.requests)
     score_all(asked, kit.requests(1))
     assert len(server.requests) == before + 1, "once the format is known to work, 400 has another cause"
+
+
+@pytest.mark.parametrize(
+    ("data", "counted"),
+    [
+        ({"usage": {"prompt_tokens": 7, "completion_tokens": 3}}, (7, 3)),
+        ({"usage": {"prompt_tokens": 7}}, (7, 0)),
+        ({"usage": {"prompt_tokens": "many", "completion_tokens": None}}, (0, 0)),
+        ({"usage": None}, (0, 0)),
+        ({}, (0, 0)),
+        (["no object"], (0, 0)),
+    ],
+)
+def test_tokens_are_counted_where_the_server_tells_them(data, counted):
+    assert usage(data) == counted
 
 
 # ---- the key

@@ -73,6 +73,8 @@ def faults(kit) -> dict[str, tuple[Any, str]]:
             "unreadable",
         ),
         "a mark out of range": (bad({**good, first: {"reason": "So.", "mark": 0}}), "unreadable"),
+        "a mark above the range": (bad({**good, first: {"reason": "So.", "mark": 6}}), "unreadable"),
+        "half a mark": (bad({**good, first: {"reason": "So.", "mark": 4.5}}), "unreadable"),
         "a mark that is none": (bad({**good, first: {"reason": "So.", "mark": "5"}}), "unreadable"),
         "an empty answer": (bad(" "), "unreadable"),
     }
@@ -81,7 +83,8 @@ def faults(kit) -> dict[str, tuple[Any, str]]:
 NAMES = [
     *("timeout", "slow drip", "connection reset", "429 without Retry-After", "429 with Retry-After", "500"),
     *("503 with Retry-After", "a cut body", "no completion", "a page", "invalid JSON", "wrong schema"),
-    *("a missing criterion", "a repeated criterion", "a mark out of range", "a mark that is none", "an empty answer"),
+    *("a missing criterion", "a repeated criterion", "a mark out of range", "a mark above the range"),
+    *("half a mark", "a mark that is none", "an empty answer"),
 ]
 
 
@@ -122,6 +125,21 @@ def test_a_fault_that_stays_is_a_failure_with_a_reason_within_the_budget(serve, 
     assert all(f"{server.url}: " in why and " (after " in why for why in reasons(given)), reasons(given)
     assert len(server.requests) <= 8 + 2 + 0.25 * 8, "no retry storm"
     assert len(server.requests) >= 8 or late
+
+
+def test_a_burst_of_500_is_waited_out_by_few_requests(serve, kit):
+    ends: list[float] = []
+
+    def plan(n: int, body: dict[str, Any]):
+        ends.append(time.monotonic() + 0.5)
+        return kit.Plan(status=500, body="oops") if time.monotonic() < ends[0] else kit.good()
+
+    server = serve(plan)
+    asked = kit.judge(server.url, concurrency=8, max_tries=9, breaker_failures=4)
+    given = score_all(asked, kit.requests(40))
+    assert all(isinstance(one, Verdict) for one in given), reasons(given)
+    # Eight are under way when the breaker opens; then it is single probes, after pauses that double.
+    assert 4 <= asked.take_stats()["judge/server_errors"] == len(server.requests) - 40 <= 8 + 6
 
 
 def test_a_server_restarted_in_mid_batch_loses_no_verdict(serve, kit):

@@ -1,5 +1,8 @@
 """The decisions of traffic control, with numbers computed by hand and laws that must hold for any course of events."""
 
+import math
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,3 +186,22 @@ def test_taking_starts_again_from_zero_but_for_the_total_cost():
     assert (second["judge/calls"], second["judge/cost"], second["judge/cost_total"]) == (0, 0.0, 2.0)
     assert second["judge/cache_hit_rate"] != second["judge/cache_hit_rate"]
     assert set(first) == set(second)
+
+
+def test_what_many_threads_count_is_counted():
+    stats = JudgeStats()
+    taken = []
+
+    def count():
+        for _ in range(2000):
+            stats.count("calls")
+            stats.latency(0.25)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        taken.append(stats.take())
+    taken.append(stats.take())
+    assert sum(one["judge/calls"] for one in taken) == 4 * 2000
+    assert {one["judge/latency_max"] for one in taken if not math.isnan(one["judge/latency_max"])} == {0.25}

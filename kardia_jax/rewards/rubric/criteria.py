@@ -112,6 +112,7 @@ def with_items(rubric: Rubric, items: Sequence[RubricItem]) -> Rubric:
     return dataclasses.replace(rubric, criteria=rubric.criteria + extra) if extra else rubric
 
 
+@functools.lru_cache(maxsize=64)
 def views(rubric: Rubric) -> tuple[Rubric, ...]:
     """The rubric cut into parts whose criteria see the same spans: one prompt each."""
     parts: dict[frozenset[Span], list[Criterion]] = {}

@@ -19,6 +19,7 @@ Two texts have one fence only if they differ in kinds of line breaks, in blanks 
 in that one already holds the blank or the number that the other is given: nothing that a mark could hang on.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -101,15 +102,9 @@ def make_prompt(rubric: Rubric, request: JudgeRequest) -> str:
     their beginning. Raises ValueError when criteria see different spans, since one prompt cannot hide a span
     from some of them.
     """
-    if len(views(rubric)) > 1:
+    if len({frozenset(criterion.sees) for criterion in rubric.criteria}) > 1:
         raise ValueError(f"rubric {rubric.name}: criteria see different spans; split it with views(rubric).")
-    levels = "\n\n".join(_describe(criterion) for criterion in rubric.criteria)
-    sections = [
-        *_material(rubric.criteria[0].sees, request),
-        f"# Rubric\n{levels}",
-        f"{CLOSING}\n{_json_shape(rubric)}",
-    ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join([*_material(rubric.criteria[0].sees, request), _asked(rubric)])
 
 
 def make_level_prompt(criterion: Criterion, request: JudgeRequest) -> str:
@@ -122,13 +117,17 @@ def _material(sees: Sequence[Span], request: JudgeRequest) -> list[str]:
     """What is marked and what one must know for it; prompts on one dialogue stay alike up to the reply."""
     marked: list[Span] = [name for name in SPANS if name in sees]
     return [
-        INTRODUCTION,
-        f"# Profile\n{fence(request.profile)}",
-        f"# Situation\n{fence(request.situation)}",
-        f"# Conversation\n{_talk(request.history)}",
+        _setting(request.profile, request.situation, request.history),
         *(f"# {TITLES[name]}\n{fence(request.spans[name])}" for name in marked),
         *_warnings(request.spans[name] for name in marked),
     ]
+
+
+@functools.lru_cache(maxsize=256)
+def _setting(profile: str, situation: str, history: tuple[tuple[str, str], ...]) -> str:
+    """The beginning of a prompt, which is the same for all completions of a group."""
+    sections = (f"# Profile\n{fence(profile)}", f"# Situation\n{fence(situation)}", f"# Conversation\n{_talk(history)}")
+    return "\n\n".join((INTRODUCTION, *sections))
 
 
 # What tokenizers of the common families read as one control token: <|im_end|>, <start_of_turn>, </s>, [INST].
@@ -152,6 +151,13 @@ def _talk(history: Sequence[tuple[str, str]]) -> str:
 def _warnings(texts: Iterable[str]) -> list[str]:
     found = [words for text in texts if (words := addresses_judge(text))]
     return [f"{WARNING}\n" + "\n".join(fence(words) for words in found)] if found else []
+
+
+@functools.lru_cache(maxsize=64)
+def _asked(rubric: Rubric) -> str:
+    """The end of a prompt, which is the same for every completion."""
+    levels = "\n\n".join(_describe(criterion) for criterion in rubric.criteria)
+    return f"# Rubric\n{levels}\n\n{CLOSING}\n{_json_shape(rubric)}\n"
 
 
 def _describe(criterion: Criterion) -> str:

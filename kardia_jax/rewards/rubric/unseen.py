@@ -21,5 +21,5 @@ _NEEDED = "\u180b-\u180d\u180f\u200c\u200d\ufe00-\ufe0f"
 
 UNSEEN = re.compile(f"[{_IGNORABLE}]")
 """Each of them; for a check that must not be led astray, on text that is then thrown away."""
-HIDING = re.compile(f"(?![{_NEEDED}])[{_IGNORABLE}{_CONTROLS}]")
-"""Those that text can do without, and controls."""
+HIDING = re.compile(f"[{_IGNORABLE}{_CONTROLS}](?<![{_NEEDED}])")
+"""Those that text can do without, and controls. The look back comes second: most places have no such character."""
