@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shlex
+import string
 
 import pytest
 import tyro
@@ -18,6 +19,7 @@ from kardia_jax.rewards.rubric.files import _Criterion, _Rubric, _Veto
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "judge.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
+VARIABLES = dict(re.findall(r'^(\w+)="(.*)"$', PAGE, re.MULTILINE))
 FIELDS = set(flat(Config()))
 
 
@@ -43,8 +45,10 @@ def test_a_command_of_the_page_is_understood(command, monkeypatch, tmp_path, cap
     monkeypatch.setattr(tyro, "cli", parse_alone)
     monkeypatch.chdir(tmp_path)
     own = "from kardia_jax.config import Config\n\n\ndef get_config():\n    return Config()\n"
-    (tmp_path / "own.py").write_text(own, "utf-8")
-    typed = shlex.split(command, comments=True)[1:]
+    (tmp_path / "configs").mkdir()
+    for file in ("own.py", "configs/demo.py"):
+        (tmp_path / file).write_text(own, "utf-8")
+    typed = shlex.split(string.Template(command).substitute(VARIABLES), comments=True)[1:]
     assert main(["3" if word == "N" else word for word in typed]) == 0, capsys.readouterr().err
 
 
