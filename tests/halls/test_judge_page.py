@@ -61,7 +61,7 @@ def test_every_field_that_the_page_names_exists():
     named = {
         word.removeprefix("--").replace("-", "_")
         for span in SPANS
-        for word in re.findall(r"(?:--)?\bjudge\.[a-z_.-]+|--(?:grpo|run|eval)\.[a-z_.-]+", span)
+        for word in re.findall(r"(?:--|(?<![\w/]))judge\.[a-z_.-]+|--(?:grpo|run|eval)\.[a-z_.-]+", span)
     }
     assert "judge.max_failure_share" in named
     parts = {field.rsplit(".", count)[0] for field in FIELDS for count in (1, 2)}
