@@ -10,8 +10,8 @@
     kardia plan configs/kardia_qwen2_5_7b.py --topology v5e:4x4 --mesh.fsdp 4 --mesh.tensor 4
 
 A config file is Python with ``get_config() -> Config``; what follows overrides its fields. Errors that a person can
-mend are one message on stderr and exit code 2 (1 for a run that stopped, checkpoints
-that differ, or a plan that fits nowhere); anything else is a bug and shows its trace.
+mend are one message on stderr and exit code 2 (1 for a run that stopped, checkpoints that differ, or a plan that fits
+nowhere; 143 for a run that saved on SIGTERM); anything else is a bug and shows its trace.
 """
 
 import errno
@@ -41,7 +41,8 @@ USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
   verify   A B: are two checkpoints the same model?  A --against transformers: does ours compute what theirs does?
   doctor   what this machine and this installation can do
   bench    step, sample, update or import: seconds by phase, memory, and how near the machine's ceilings that is
-  judge    serve, probe or show: the judge over HTTP; whether it can be trusted; one graded completion in full
+  judge    serve, probe, show or gap: the judge over HTTP; whether it can be trusted; one graded completion in full;
+           a run's judge against the one that audits it
   plan     will it fit, and how fast may it be: bytes, collectives and an estimate of a step, without an accelerator
 
   kardia VERB --help lists every field with its default. CONFIG.py is a Python file with get_config()."""
