@@ -1,4 +1,7 @@
 import functools
+import itertools
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -272,6 +275,53 @@ def test_a_run_killed_anywhere_goes_on_bit_for_bit(
     assert bits(policy.params) == bits(state.params)
     assert without_clocks(read_lines(config.run.dir / "metrics.jsonl")) == whole["metrics"]
     assert (config.run.dir / "rollouts.jsonl").read_bytes() == whole["rollouts"]
+
+
+@pytest.mark.usefixtures("every_text_counts")
+@pytest.mark.parametrize(
+    ("boundary", "call", "lag", "saved"),
+    [
+        ("after sampling", 4, 0, 3),
+        ("after the update", 3, 0, 3),
+        ("after the update", 1, 1, 1),
+        ("while sampling", 28, 1, 2),
+    ],
+)
+def test_a_run_that_gets_sigterm_saves_and_a_restart_goes_on_bit_for_bit(
+    boundary,
+    call,
+    lag,
+    saved,
+    whole_run,
+    config_of,
+    fresh_policy,
+    grader_of,
+    slow_judge,
+    read_lines,
+    monkeypatch,
+    capsys,
+):
+    (owner, name, _), calls = BOUNDARIES[boundary], itertools.count(1)
+    original, before = getattr(owner, name), signal.getsignal(signal.SIGTERM)
+
+    def told_to_stop(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, told_to_stop)
+    config = config_of({"grpo.lag": lag, "run.auto_resume": True})
+    grader = grader_of(judge=slow_judge if lag else None)
+    with pytest.raises(SystemExit) as ended:
+        train_grpo(config, fresh_policy(), grader)
+    assert ended.value.code == 143
+    assert f"SIGTERM: saved after step {saved} in" in capsys.readouterr().out
+    assert latest_step(config.run.dir / "checkpoints") == saved
+    assert signal.getsignal(signal.SIGTERM) is before
+    policy = train_grpo(config, fresh_policy(), grader)
+    assert bits(final_state(config, policy.params)) == whole_run(lag)["state"]
+    assert without_clocks(read_lines(config.run.dir / "metrics.jsonl")) == whole_run(lag)["metrics"]
+    assert (config.run.dir / "rollouts.jsonl").read_bytes() == whole_run(lag)["rollouts"]
 
 
 @pytest.mark.usefixtures("every_text_counts")
