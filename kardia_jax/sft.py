@@ -83,16 +83,8 @@ def train_sft(config: Config, policy: Policy) -> Policy:
             check_progress(state, config.sft.optimizer.max_bad_steps, "sft.optimizer")
             tokens = float(batch.prompt_lengths.max(1).sum() + batch.completion_lengths.sum())
             tokens = float(held.share.everybodys(tokens).sum())
-            run.finish_step(
-                step + 1,
-                state,
-                {
-                    **metrics,
-                    "learning_rate": float(np.asarray(rate(step))),
-                    "tokens": tokens,
-                    "epoch": float(order.epoch_of(step)),
-                },
-            )
+            metrics |= {"learning_rate": float(np.asarray(rate(step))), "tokens": tokens}
+            run.finish_step(step + 1, state, metrics | {"epoch": float(order.epoch_of(step))})
     return policy._replace(params=state.params)
 
 

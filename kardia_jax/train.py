@@ -12,12 +12,14 @@ The judge is asked about a completion as soon as it ends, while the device decod
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from kardia_jax.config import Config, GrpoConfig
@@ -39,14 +41,22 @@ from kardia_jax.model.shares import Rows, rows_of, share_of
 from kardia_jax.observe.measures import merge, to_host, values
 from kardia_jax.placement import beside, offloaded, own_rows
 from kardia_jax.policies import Policy, check_positions, placed_policy, sampler_of
-from kardia_jax.programs import Score, compute_for, make_compiled_update, make_generate, make_score, sampling_compute
+from kardia_jax.programs import (
+    CompiledUpdate,
+    Score,
+    compute_for,
+    make_compiled_update,
+    make_generate,
+    make_score,
+    sampling_compute,
+)
 from kardia_jax.rewards.alarms import Alarms
 from kardia_jax.rewards.diagnostics import hacking_signs
-from kardia_jax.rollout.engine import Sampled, sample
+from kardia_jax.rollout.engine import Sampled, Sampler, sample
 from kardia_jax.rollout.sampling import Controls
 from kardia_jax.run import check_progress, open_run, report_data, start_state
 from kardia_jax.scoring import Graded, Grader, reward_metrics, rollout_rows
-from kardia_jax.types import GroupBatch, Mean, Params, Rollouts, TrainState
+from kardia_jax.types import GroupBatch, Params, Rollouts, TrainState
 from kardia_jax.warmup import memory_errors, warm_grpo
 
 
@@ -69,30 +79,11 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     order = batches(range(len(prompts.prompts)), grpo.prompts, seed)
     steps = grpo.steps if grpo.steps is not None else order.steps_for(grpo.epochs)
 
-    # ---- Programs
-    compute = compute_for(config.model, mesh)
-    storage = Storage(grpo.sampler.kv_dtype, grpo.sampler.weights_dtype)
-    sampling = sampling_compute(policy.spec, compute, config.mesh)
-    sampler = sampler_of(policy, make_generate(policy.spec, sampling, storage, grpo.sampler.rows))
-    score = make_score(policy.spec, compute)
+    # ---- Programs and state
     updates = steps * grpo.minibatches * grpo.passes
-    optimizer = make_optimizer(grpo.optimizer, updates)
-    rate = learning_rate(grpo.optimizer, updates)
-    objective = grpo_objective(make_loss(grpo.loss, grpo.sampler.max_new_tokens))
-    update = make_compiled_update(
-        policy.spec,
-        compute,
-        objective,
-        optimizer,
-        grpo.sampler.temperature,
-        grpo.micro_batches,
-        policy.lora,
-        seed,
-        grpo.tokens_per_micro_batch,
-    )
+    optimizer, rate = make_optimizer(grpo.optimizer, updates), learning_rate(grpo.optimizer, updates)
+    sampler, score, update = programs_of(config, policy, optimizer, mesh)
     controls = Controls.from_config(grpo.sampler)
-
-    # ---- State
     fresh = start_state(policy.params, optimizer, grpo.optimizer, "grpo.optimizer", mesh)
     reference = policy.reference() if grpo.loss.beta > 0 else None
     if reference is not None and grpo.offload_reference:
@@ -151,21 +142,53 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
                 state, learned = learn(update, state, policy.frozen, minibatches(batch, grpo))
             check_progress(state, grpo.optimizer.max_bad_steps, "grpo.optimizer")
             # ---- Report
-            progress = {
-                "epoch": float(order.epoch_of(step)),
-                "learning_rate": float(np.asarray(rate(int(state.step) - 1))),
-            }
             judged = grading.metrics() | judging.metrics()
             if grading.has_audit:
                 with timer.phase("audit"):
                     judged |= grading.audited()
-            metrics = learned | reward_metrics(graded) | signal | rollout_metrics(known, graded) | judged | progress
+            metrics = {
+                **learned,
+                **reward_metrics(graded),
+                **signal,
+                **rollout_metrics(known, graded),
+                **judged,
+                "epoch": float(order.epoch_of(step)),
+                "learning_rate": float(np.asarray(rate(int(state.step) - 1))),
+            }
             for sign in alarms.update(metrics):
                 run.console.message(f"step {step + 1}: {sign}")
             shown = slice(None) if config.run.log_rollouts < 0 else slice(config.run.log_rollouts)
             rows = list(rollout_rows(asked[shown], known.texts_P_G[shown], graded))
             run.finish_step(step + 1, state, metrics, rows, hands)
     return policy._replace(params=state.params)
+
+
+class Programs(NamedTuple):
+    """What a step runs on the devices, one after the other."""
+
+    sampler: Sampler
+    score: Score
+    update: CompiledUpdate
+
+
+def programs_of(config: Config, policy: Policy, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Programs:
+    """The programs of this config, for this policy."""
+    grpo, compute = config.grpo, compute_for(config.model, mesh)
+    storage = Storage(grpo.sampler.kv_dtype, grpo.sampler.weights_dtype)
+    sampling = sampling_compute(policy.spec, compute, config.mesh)
+    update = make_compiled_update(
+        policy.spec,
+        compute,
+        grpo_objective(make_loss(grpo.loss, grpo.sampler.max_new_tokens)),
+        optimizer,
+        grpo.sampler.temperature,
+        grpo.micro_batches,
+        policy.lora,
+        config.run.seed,
+        grpo.tokens_per_micro_batch,
+    )
+    generate = make_generate(policy.spec, sampling, storage, grpo.sampler.rows)
+    return Programs(sampler_of(policy, generate), make_score(policy.spec, compute), update)
 
 
 def outline(sampled: Sampled, grading: Grading, held: Rows) -> Sampled:
@@ -237,12 +260,8 @@ def minibatches(batch: GroupBatch, grpo: GrpoConfig) -> list[GroupBatch]:
     return parts if grpo.lag else [parts[0]._replace(old_logprobs=None), *parts[1:]]
 
 
-Update = Callable[[TrainState, GroupBatch, Params], tuple[TrainState, dict[str, Mean]]]
-"""One update: (state, batch, frozen parameters) to the next state and undivided metrics."""
-
-
 def learn(
-    update: Update, state: TrainState, frozen: Params, parts: Sequence[GroupBatch]
+    update: CompiledUpdate, state: TrainState, frozen: Params, parts: Sequence[GroupBatch]
 ) -> tuple[TrainState, dict[str, float]]:
     """The updates of one step, one after another, and their metrics over all of them; the state is donated."""
     found = []
