@@ -296,8 +296,10 @@ def _train_grpo(config: Config) -> None:
 def _eval(arguments: list[str]) -> None:
     config = read_config("eval", arguments)
     from kardia_jax.compilation import use_compilation_cache
+    from kardia_jax.hosts import require_one_process
     from kardia_jax.report import evaluate_and_report
 
+    require_one_process(config.hosts, "eval")
     use_compilation_cache(config.run.compilation_cache)
     evaluate_and_report(config)
 

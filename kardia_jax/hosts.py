@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import secrets
 import socket
 import sys
@@ -45,6 +46,8 @@ JAX_NAMES = {"k8s": None}
 PER_PROCESS = ("hosts.process",)
 """Fields that differ between processes by their meaning."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+LOST = re.compile(r"[A-Z_]+: Gloo|UNAVAILABLE: ")
+"""How an error of JAX begins where another process is gone."""
 STOPPED, FACTS = "kardia/stopped", "kardia/facts"
 HEARD = ""
 """What a process says that stops because another one does."""
@@ -105,11 +108,13 @@ def joined(config: Config) -> Iterator[None]:
         require_agreement(config)
         apart = config.mesh.sampler.devices
         require(apart == 0 or alone(), "mesh.sampler.data", "0 in a run of several processes", apart)
+        record = config.judge.record
+        require(record is None or alone(), "judge.record", "no file in a run of several processes", record)
         yield
     except Exception as error:
         watcher.stop()
         _depart(f"{jax.process_index()} ({socket.gethostname()}): {error}")
-        if "Gloo" in str(error) or "UNAVAILABLE" in str(error):
+        if LOST.match(str(error)):
             why = str(error).splitlines()[0][:300]
             raise HostsError(f"lost another process, whose own log says why: {why}") from error
         raise
@@ -147,11 +152,13 @@ def _initialize(config: HostsConfig, found: str) -> None:
 def _require_free(coordinator: str) -> None:
     """JAX goes down without a word where it cannot listen."""
     port = int(coordinator.rpartition(":")[2])
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+            # Connections of a run that has just ended do not keep the port from the next one.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
-        except OSError as error:
-            raise HostsError(f"hosts.coordinator: wanted a free port, got {port}: {error.strerror}.") from error
+    except OSError as error:
+        raise HostsError(f"hosts.coordinator: wanted a free port, got {port}: {error.strerror}.") from error
 
 
 @contextmanager
@@ -329,12 +336,20 @@ def require_one_folder(folder: pathlib.Path) -> None:
         raise HostsError(f"run.dir: wanted a folder that all processes see, got {folder}, new to {blind}. {fix}")
 
 
-def check_processes(prompts: int, what: str) -> None:
-    """Raises ConfigError for more processes than prompts; ``what`` names these: grpo.prompts."""
-    fix = "Raise it, or start fewer processes: each needs a prompt of its own."
-    require(
-        prompts >= jax.process_count(), what, f"at least one for each of {jax.process_count()} processes", prompts, fix
-    )
+def require_one_process(hosts: HostsConfig, verb: str) -> None:
+    """Raises HostsError for a verb that several processes would each do as a whole, into the same files."""
+    found = method(hosts, os.environ)
+    if found != "alone":
+        fix = "Start it once, outside of the job's processes; kardia sft and kardia grpo run in several."
+        raise HostsError(f"hosts: wanted one process for kardia {verb}, got several ({found}). {fix}")
+
+
+def require_same_step(step: int | None) -> None:
+    """Raises HostsError, in every process, where they see different newest checkpoints."""
+    seen = gathered(str(step))
+    if len(set(seen)) > 1:
+        fix = "The file system has not shown all of them the same files yet: start again."
+        raise HostsError(f"run.dir: wanted one newest checkpoint for all processes, got steps {seen}. {fix}")
 
 
 def most(number: int) -> int:

@@ -29,7 +29,7 @@ from kardia_jax.config import Config, ConfigError, OptimizerConfig, RunConfig, f
 from kardia_jax.config.judge import NOT_THE_VERDICT
 from kardia_jax.dialogue.dataset import Loaded
 from kardia_jax.hands import Hand, packed
-from kardia_jax.hosts import anyone, is_first, require_one_folder
+from kardia_jax.hosts import anyone, is_first, require_one_folder, require_same_step
 from kardia_jax.judge.failures import JudgeStopError
 from kardia_jax.judge.protocol import JudgeUnusableError
 from kardia_jax.model.shares import Rows
@@ -237,8 +237,9 @@ def _start(
 ) -> tuple[TrainState, int, list[Mapping[str, Any]]]:
     """The state, the steps that it has behind it, and the rollouts of the next ones that were in hand."""
     folder = config.run.dir / "checkpoints"
-    begun = config.run.auto_resume and latest_step(folder) is not None
-    if not (config.run.resume or begun):
+    step = latest_step(folder)
+    require_same_step(step)
+    if not (config.run.resume or (config.run.auto_resume and step is not None)):
         refuse_existing(folder)
         return fresh, 0, []
     places = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh)

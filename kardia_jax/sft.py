@@ -16,7 +16,6 @@ from kardia_jax.dialogue.pipeline import batches
 from kardia_jax.dialogue.prompt import Example, examples_of, load_system_prompt
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import sft_objective
-from kardia_jax.hosts import check_processes
 from kardia_jax.model.sharding import check_rows, make_mesh
 from kardia_jax.model.shares import rows_of, share_of
 from kardia_jax.observe.measures import to_host, values
@@ -31,7 +30,6 @@ from kardia_jax.warmup import memory_errors, warm_update
 def train_sft(config: Config, policy: Policy) -> Policy:
     """Minimises the token-mean negative log-likelihood of the answers; returns the trained policy."""
     mesh = make_mesh(config.mesh)
-    check_processes(config.sft.batch, "sft.batch")
     check_rows(config.sft.batch, "sft.batch", mesh, config.sft.micro_batches)
     held = rows_of(share_of(mesh), config.sft.batch)
     policy = placed_policy(policy, mesh)

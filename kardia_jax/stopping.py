@@ -2,17 +2,22 @@
 
 with StopRequest() as request:
     ...                          # SIGTERM: request.made is True, and nothing else has happened
-                                 # a second SIGTERM ends the process at once
+                                 # another SIGTERM, seconds later, ends the process at once
 """
 
 import signal
 import threading
+import time
 from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Self
 
 EXIT_CODE = 128 + signal.SIGTERM
 """143, as of a process that the signal has ended: whoever starts jobs again knows it."""
+
+
+SAME_SECONDS = 5
+"""A signal to a whole group of processes and one that its parent passes on are one request."""
 
 
 class StopRequest:
@@ -23,11 +28,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.made = False
+        self._when = 0.0
         self._open = ExitStack()
 
     def _noticed(self, number: int, frame: FrameType | None) -> None:
-        self.made = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.made and now - self._when > SAME_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        if not self.made:
+            self.made, self._when = True, now
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

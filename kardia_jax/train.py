@@ -32,7 +32,7 @@ from kardia_jax.grpo.losses import entropy_floor, make_loss
 from kardia_jax.grpo.optimizer import learning_rate, make_optimizer
 from kardia_jax.grpo.update import completion_mask, grpo_objective
 from kardia_jax.hands import Hand, taken_up
-from kardia_jax.hosts import alone, check_processes
+from kardia_jax.hosts import alone
 from kardia_jax.judging import Grading, Judging
 from kardia_jax.keys import Purpose, row_keys
 from kardia_jax.model.decoding import Storage
@@ -66,7 +66,6 @@ def train_grpo(config: Config, policy: Policy, grader: Grader) -> Policy:
     check_positions(policy.spec, config.data.max_prompt_tokens, grpo.sampler.max_new_tokens, "grpo.sampler")
     mesh = make_mesh(config.mesh)
     per_update = grpo.prompts // grpo.minibatches
-    check_processes(per_update, "grpo.prompts / grpo.minibatches")
     check_rows(per_update, "grpo.prompts / grpo.minibatches", mesh, grpo.micro_batches)
     share = share_of(mesh)
     held = rows_of(share, grpo.prompts, grpo.minibatches)

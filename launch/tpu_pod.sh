@@ -42,9 +42,9 @@ kardia=(sudo docker run --rm --name kardia --privileged --net host --stop-timeou
 code=1
 while ((code != 0)); do
   slice
-  workers "sudo docker rm -f kardia >/dev/null 2>&1 || true; sudo docker pull -q $IMAGE" || continue
   code=0
-  workers "${kardia[*]@Q}" || code=$?
+  workers "sudo docker rm -f kardia >/dev/null 2>&1 || true; sudo docker pull -q $IMAGE" &&
+    workers "${kardia[*]@Q}" || code=$?
   if ((code != 0)); then
     # A run that fails on a slice that stays would fail on any other; the slice is left for a look.
     sleep 60

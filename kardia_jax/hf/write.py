@@ -69,7 +69,8 @@ def save_directory(
     _require_tokens(spec, tokenizer, stop_ids)
     if not is_first():
         for names in plan_shards(spec, jnp.dtype(dtype).itemsize, shard_bytes(max_shard_size)):
-            for _ in tensors(params, spec, names):
+            # In the order in which the first one writes them: what is gathered must be the same everywhere.
+            for _ in tensors(params, spec, sorted(names)):
                 pass
         return
     with published(dir, spec, dtype, overwrite) as partial:

@@ -1,6 +1,6 @@
 """Which knob makes a plan fit: each is tried by arithmetic, alone, then together with the others in order.
 
-advice(spec, config, compute, (1, 4, 2), chip("v5e"), True)
+advice(spec, config, compute, (1, 4, 2), usable(chip("v5e")), True)
 # ["grpo.optimizer.moment_dtype bfloat16: 1.8 GiB less", ..., "the first 3 of these together: ... GiB, and it fits",
 #  "mesh.data 1 mesh.fsdp 4 mesh.tensor 4 (16 devices): 14.3 GiB, and it fits"]
 """
@@ -35,10 +35,9 @@ def usable(chip: Chip) -> int:
     return int(USABLE * chip.memory)
 
 
-def advice(spec: ModelSpec, config: Config, compute: Compute, sizes: Sizes, chip: Chip, fused: bool) -> list[str]:
-    """What makes the run fit on this chip: each knob alone, cheapest first, then so many of them together, then a mesh
-    of as many devices or more."""
-    room = usable(chip)
+def advice(spec: ModelSpec, config: Config, compute: Compute, sizes: Sizes, room: int, fused: bool) -> list[str]:
+    """What makes the run fit into so many bytes of arithmetic: each knob alone, cheapest first, then so many of them
+    together, then a mesh of as many devices or more."""
 
     def peak(tried: Config, on: Sizes = sizes) -> int:
         return memory(spec, tried, dataclasses.replace(compute, remat=tried.model.remat), on, fused).peak

@@ -138,6 +138,8 @@ def on_chip(
     element = jnp.dtype(compute.dtype).itemsize
     done = phases(spec, config, held, element, sizes, sent)
     times = {phase.name: limits(phase, chip, devices) for phase in done}
+    # Advice is by arithmetic: what the compiler needs beyond that is no room.
+    room = usable(chip) - (max(0, compiled - held.peak) if exact else 0)
     return {
         "chip": chip.name,
         "attention": attention_of(spec, config, compute, chip),
@@ -152,7 +154,7 @@ def on_chip(
         "seconds": {name: time.seconds for name, time in times.items()},
         "bound": {name: time.bound for name, time in times.items()},
         "step_seconds": sum(time.seconds for time in times.values()),
-        "advice": [] if fits else advice(spec, config, compute, sizes, chip, fused),
+        "advice": [] if fits else advice(spec, config, compute, sizes, room, fused),
     }
 
 

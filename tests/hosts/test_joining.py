@@ -13,7 +13,18 @@ from typing import get_args, get_type_hints
 import pytest
 
 from kardia_jax.config import Config, ConfigError, HostsConfig
-from kardia_jax.hosts import JAX_NAMES, HostsError, code_fingerprint, differences, facts, joined, method, missing
+from kardia_jax.hosts import (
+    JAX_NAMES,
+    HostsError,
+    _require_free,
+    code_fingerprint,
+    differences,
+    facts,
+    joined,
+    method,
+    missing,
+    require_one_process,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATIENCE = 120
@@ -221,3 +232,28 @@ def test_a_cluster_that_is_not_complete_is_named():
 def test_what_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         HostsConfig(**fields)
+
+
+def test_a_port_is_free_again_as_soon_as_nobody_listens_and_no_sooner():
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # As gRPC's, which JAX listens with.
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        server.listen()
+        with pytest.raises(HostsError, match=f"hosts.coordinator: wanted a free port, got {port}"):
+            _require_free(f"here:{port}")
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+    # Who closes first keeps the port in TIME_WAIT.
+    accepted.close()
+    client.close()
+    _require_free(f"here:{port}")
+
+
+def test_what_is_for_one_process_is_refused_in_several(monkeypatch):
+    require_one_process(HostsConfig(), "eval")
+    with pytest.raises(HostsError, match=r"wanted one process for kardia eval, got several \(by hand\)"):
+        require_one_process(HostsConfig(coordinator="here:1", processes=2, process=0), "eval")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(HostsError, match=r"got several \(ompi\)"):
+        require_one_process(HostsConfig(), "eval")

@@ -114,7 +114,7 @@ def test_what_does_not_fit_says_which_knob_would_help(monkeypatch, found):
     from kardia_jax.plan.memory import memory
 
     spec, compute = spec_of(TINY.model), compute_of(TINY, None, None)
-    said = advice(spec, TINY, compute, (1, 2, 1), small, True)
+    said = advice(spec, TINY, compute, (1, 2, 1), usable(small), True)
     assert said[0].startswith("grpo.micro_batches 2: ")
     assert any(line.startswith("grpo.optimizer.offload True: ") for line in said)
     assert "of these together: " in said[-2]
@@ -124,7 +124,7 @@ def test_what_does_not_fit_says_which_knob_would_help(monkeypatch, found):
     held = memory(spec, TINY, compute, (1, 2, 1), True)
     enough = dataclasses.replace(small, memory=int((held.peak - held.moments // 2) / 0.94))
     assert held.peak > usable(enough)
-    said = advice(spec, TINY, compute, (1, 2, 1), enough, True)
+    said = advice(spec, TINY, compute, (1, 2, 1), usable(enough), True)
     assert any("offload True" in line and "it fits" in line for line in said)
     assert not any("together" in line for line in said)
     # Twice the devices are enough.
