@@ -3,6 +3,7 @@
 from kardia_jax.config.alarms import AlarmConfig
 from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
+from kardia_jax.config.files import load_config
 from kardia_jax.config.hosts import HostsConfig
 from kardia_jax.config.judge import (
     AuditConfig,
@@ -69,5 +70,6 @@ __all__ = [
     "TrafficConfig",
     "flat",
     "from_json",
+    "load_config",
     "to_json",
 ]
