@@ -19,6 +19,7 @@ from kardia_jax.config.local_judge import LocalJudgeConfig
 from kardia_jax.config.lora import FULL, LoraConfig
 from kardia_jax.config.mesh import MeshConfig, SamplerMeshConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
+from kardia_jax.config.saved import flat, from_json, to_json
 from kardia_jax.config.serve import ServeConfig
 from kardia_jax.config.tree import (
     Config,
@@ -31,9 +32,6 @@ from kardia_jax.config.tree import (
     RunConfig,
     SamplerConfig,
     SftConfig,
-    flat,
-    from_json,
-    to_json,
 )
 
 __all__ = [
