@@ -16,8 +16,7 @@ import time
 from typing import Any, NamedTuple
 
 from kardia_jax.bench.layout import table
-from kardia_jax.cli import config_file
-from kardia_jax.config import MeshConfig
+from kardia_jax.config import MeshConfig, load_config
 from kardia_jax.plan.report import gib
 from kardia_jax.plan.run import plan
 
@@ -58,7 +57,7 @@ def planned(kind: str, case: Case, out: pathlib.Path) -> dict[str, Any]:
     name = f"{case.source or case.recipe}-{case.fsdp}x{case.tensor}-{topology or 'simulated'}"
     file = out / f"{name.replace(':', '-')}.json"
     if not file.is_file():
-        config = config_file([f"configs/{case.recipe}.py"])
+        config = load_config(pathlib.Path(f"configs/{case.recipe}.py"))
         model = dataclasses.replace(config.model, source=case.source or config.model.source)
         config = dataclasses.replace(config, model=model, mesh=MeshConfig(fsdp=case.fsdp, tensor=case.tensor))
         start = time.perf_counter()

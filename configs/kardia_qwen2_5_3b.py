@@ -9,19 +9,12 @@ What the paper fixes and what is assumed stands in ``kardia_qwen2_5_7b.py``; onl
 """
 
 import dataclasses
-import importlib.util
 import pathlib
 
-from kardia_jax.config import Config
+from kardia_jax.config import Config, load_config
 
 
 def get_config() -> Config:
     """The 7B recipe on the smaller model."""
-    beside = pathlib.Path(__file__).with_name("kardia_qwen2_5_7b.py")
-    spec = importlib.util.spec_from_file_location("kardia_qwen2_5_7b", beside)
-    assert spec is not None, beside
-    assert spec.loader is not None, beside
-    larger = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(larger)
-    config: Config = larger.get_config()
+    config = load_config(pathlib.Path(__file__).with_name("kardia_qwen2_5_7b.py"))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, source="models/qwen2.5-3b"))

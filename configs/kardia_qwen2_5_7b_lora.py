@@ -15,39 +15,16 @@ released Kardia-R1. Everything else is that of ``kardia_qwen2_5_7b.py``: batch 3
 ms-swift's defaults. The reference of the KL term is the frozen base, which costs no memory.
 """
 
-from kardia_jax.config import (
-    AdvantageConfig,
-    Config,
-    DataConfig,
-    GrpoConfig,
-    LoraConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SamplerConfig,
-)
+import dataclasses
+import pathlib
+
+from kardia_jax.config import Config, LoraConfig, MeshConfig, load_config
 
 
 def get_config() -> Config:
     """A base in bfloat16 under adapters of rank 16 on every linear layer; one group of 8 at a time in the update."""
-    return Config(
-        data=DataConfig(source="Jhcircle/KardiaBench", max_prompt_tokens=1024),
-        model=ModelConfig(
-            source="models/qwen2.5-7b",
-            dtype="bfloat16",
-            remat="block",
-            lora=LoraConfig(rank=16, alpha=32.0, base="bfloat16"),
-        ),
-        grpo=GrpoConfig(
-            epochs=2.0,
-            prompts=4,
-            group=8,
-            micro_batches=4,
-            sampler=SamplerConfig(temperature=0.9, max_new_tokens=512),
-            advantage=AdvantageConfig(scale="group"),
-            loss=LossConfig(name="grpo", beta=0.04, clip_low=0.2, clip_high=0.2),
-            optimizer=OptimizerConfig(
-                learning_rate=1e-5, weight_decay=0.1, beta2=0.95, schedule="cosine", clip_norm=1.0
-            ),
-        ),
-    )
+    config = load_config(pathlib.Path(__file__).with_name("kardia_qwen2_5_7b.py"))
+    model = dataclasses.replace(config.model, lora=LoraConfig(rank=16, alpha=32.0, base="bfloat16"))
+    optimizer = dataclasses.replace(config.grpo.optimizer, learning_rate=1e-5)
+    grpo = dataclasses.replace(config.grpo, micro_batches=4, optimizer=optimizer)
+    return dataclasses.replace(config, mesh=MeshConfig(), model=model, grpo=grpo)

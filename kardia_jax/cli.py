@@ -15,7 +15,6 @@ nowhere; 143 for a run that saved on SIGTERM); anything else is a bug and shows 
 """
 
 import errno
-import importlib.util
 import json
 import os
 import pathlib
@@ -27,7 +26,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kardia_jax.config import BenchConfig, Config, ConfigError, ImportBenchConfig
+from kardia_jax.config import BenchConfig, Config, ConfigError, ImportBenchConfig, load_config
 from kardia_jax.platforms import leave_out_absent_tpus
 
 USAGE = """usage: kardia VERB [CONFIG.py] [--part.field value ...]
@@ -204,24 +203,7 @@ def config_file(arguments: list[str]) -> Config:
     """Takes a leading path off the arguments and runs its ``get_config()``; the defaults where there is none."""
     if not arguments or arguments[0].startswith("-"):
         return Config()
-    path = pathlib.Path(arguments.pop(0))
-    if not path.is_file():
-        raise ConfigError("config file", "an existing Python file with get_config()", str(path))
-    spec = importlib.util.spec_from_file_location("kardia_config", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError("config file", "a .py file", str(path))
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        make = vars(module).get("get_config")
-        config = make() if callable(make) else None
-    except ConfigError:
-        raise
-    except Exception as error:  # the file is a program of the user's; whatever is wrong in it is theirs to read
-        raise ConfigError(str(path), "a file that runs", f"{type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(str(path), "a function get_config() -> kardia_jax.config.Config", config)
-    return config
+    return load_config(pathlib.Path(arguments.pop(0)))
 
 
 # The rooms behind a verb take seconds to import (JAX, transformers), so each verb imports its own.

@@ -1,11 +1,12 @@
 """The compiled programs - those of sampling, score, update - made here and nowhere else.
 
-Everything under them is a plain function; this is the only place of the training path that says ``jax.jit``. Shapes
-that vary (prompt and completion length) are padded to few sizes by the callers, temperatures and filters are arrays,
-so a run compiles each program once per pair of sizes; the same model evaluated again compiles nothing.
+Everything under them is a plain function; of the training path only this module, and ``sharded.py`` for what goes in
+and out of them, say ``jax.jit``. Shapes that vary (prompt and completion length) are padded to few sizes by the
+callers, temperatures and filters are arrays, so a run compiles each program once per pair of sizes; the same model
+evaluated again compiles nothing.
 
 On a mesh (``Compute.mesh``) the same functions are traced with the table of ``model/sharding.py`` in force. What a
-program changes - the state, sums, rows - comes out as it went in, so the second step compiles nothing.
+program changes - the state, sums, rows - comes out as it went in (``sharded.py``), so the second step compiles nothing.
 """
 
 import dataclasses
@@ -30,12 +31,10 @@ from kardia_jax.grpo.update import (
     Sums,
     apply_sums,
     completion_mask,
-    init_state,
     make_accumulate,
     make_update,
     no_sums,
 )
-from kardia_jax.hosts import alone
 from kardia_jax.judge.sharing import SharedRows
 from kardia_jax.keys import Purpose, key_for
 from kardia_jax.model.backends import Machine
@@ -43,21 +42,15 @@ from kardia_jax.model.decoding import AS_COMPUTED, Storage, decoding_weights
 from kardia_jax.model.head import sampled_logits
 from kardia_jax.model.lora import joined, with_dropout
 from kardia_jax.model.policy import Compute, group_hidden, group_logprobs, head_table
-from kardia_jax.model.sharding import (
-    check_mesh,
-    everywhere,
-    make_sampler_mesh,
-    on_mesh,
-    rows_sharding,
-    shardings,
-)
+from kardia_jax.model.sharding import check_mesh, make_sampler_mesh, on_mesh, rows_sharding
 from kardia_jax.model.shares import share_of
 from kardia_jax.model.spec import ModelSpec
-from kardia_jax.placement import Tree, on_device, own_rows, put, shared_out, to_host
+from kardia_jax.placement import on_device, own_rows
 from kardia_jax.rollout import batching, sampler
 from kardia_jax.rollout.batching import Generate
 from kardia_jax.rollout.engine import SHORTEST
 from kardia_jax.rollout.sending import Sender
+from kardia_jax.sharded import in_place, looking, placed, sums_on
 from kardia_jax.types import NOTHING, GroupBatch, Mean, Params, TrainState
 
 Programs = Iterator[tuple[str, Compiled]]
@@ -79,81 +72,6 @@ class CompiledUpdate(Protocol):
         """Compiles what a call with arrays of these shapes runs; the call then finds it compiled. Nothing is run, but
         what a program adds to is there while the program is looked at."""
         ...
-
-
-@dataclass(frozen=True)
-class InPlace:
-    """(first, ...) -> (first, ...) compiled for a mesh: the first result lies where the first argument lay, which it
-    takes; the rest lies whole on every device."""
-
-    function: Callable[..., Any]
-    mesh: Mesh
-
-    def __call__(self, first: Any, *rest: Any) -> Any:
-        return self._compiled(first)(first, *rest)
-
-    def lower(self, first: Any, *rest: Any) -> Lowered:
-        return self._compiled(first).lower(first, *rest)
-
-    def _compiled(self, first: Any) -> Any:
-        leaves, tree = jax.tree.flatten(first)
-        return _in_place(self.function, self.mesh, tree, tuple(leaf.sharding for leaf in leaves))
-
-
-@functools.cache
-def _in_place(function: Callable[..., Any], mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Any:
-    out = jax.tree.unflatten(tree, places), everywhere(mesh)
-    return jax.jit(on_mesh(mesh, function), donate_argnums=0, out_shardings=out)
-
-
-def in_place(function: Callable[..., Any], mesh: Mesh | None) -> Any:
-    """(first, ...) -> (first, ...) compiled; ``first`` is donated."""
-    return jax.jit(function, donate_argnums=0) if mesh is None else InPlace(function, mesh)
-
-
-def sums_on(mesh: Mesh | None) -> Callable[[Params], Sums]:
-    """``no_sums`` compiled, each gradient where its parameter lies: zeros by themselves would all lie on one device."""
-    if mesh is None:
-        return jax.jit(no_sums)
-
-    def start(params: Params) -> Sums:
-        leaves, tree = jax.tree.flatten(params)
-        return _sums_at(mesh, tree, tuple(leaf.sharding for leaf in leaves))(params)
-
-    return start
-
-
-@functools.cache
-def _sums_at(mesh: Mesh, tree: Any, places: tuple[Any, ...]) -> Callable[[Params], Sums]:
-    whole: Any = everywhere(mesh)
-    out = Sums(jax.tree.unflatten(tree, places), Mean(whole, whole), whole)
-    return jax.jit(on_mesh(mesh, no_sums), out_shardings=out)
-
-
-def make_start(optimizer: optax.GradientTransformation, mesh: Mesh | None) -> Callable[[Params], TrainState]:
-    """``init_state``, its moments where their parameters lie on the mesh; the parameters stay the caller's own."""
-    if mesh is None:
-        return functools.partial(init_state, optimizer=optimizer)
-
-    def start(params: Params) -> TrainState:
-        places = shardings(jax.eval_shape(optimizer.init, params), mesh)
-        zero = put(np.int32(0), everywhere(mesh))
-        return TrainState(zero, params, jax.jit(optimizer.init, out_shardings=places)(params), jnp.copy(zero))
-
-    return start
-
-
-def placed(batch: Tree, mesh: Mesh | None) -> Tree:
-    """The batch shared out over the mesh, whole groups to each device; each process gives its own part of it."""
-    return batch if mesh is None else shared_out(batch, rows_sharding(mesh), everywhere(mesh))
-
-
-def looking(mesh: Mesh | None) -> Callable[[Any], Any]:
-    """Arrays of the mesh, whole, on the host of every process that has a part of it."""
-    if mesh is None or alone():
-        return to_host
-    everybodys = jax.jit(lambda tree: tree, out_shardings=everywhere(mesh))
-    return lambda tree: to_host(everybodys(tree))
 
 
 @dataclass(frozen=True)

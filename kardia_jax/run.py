@@ -40,7 +40,7 @@ from kardia_jax.observe.jsonl import JsonlWriter, truncate_after
 from kardia_jax.observe.phases import PhaseTimer
 from kardia_jax.observe.trackers import Tracker, open_trackers
 from kardia_jax.placement import offloaded
-from kardia_jax.programs import make_start
+from kardia_jax.sharded import make_start
 from kardia_jax.stopping import EXIT_CODE, StopRequest
 from kardia_jax.types import Params, TrainState
 

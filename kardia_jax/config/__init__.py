@@ -3,6 +3,7 @@
 from kardia_jax.config.alarms import AlarmConfig
 from kardia_jax.config.bench import BenchConfig, ImportBenchConfig
 from kardia_jax.config.errors import ConfigError
+from kardia_jax.config.files import load_config
 from kardia_jax.config.hosts import HostsConfig
 from kardia_jax.config.judge import (
     AuditConfig,
@@ -18,6 +19,7 @@ from kardia_jax.config.local_judge import LocalJudgeConfig
 from kardia_jax.config.lora import FULL, LoraConfig
 from kardia_jax.config.mesh import MeshConfig, SamplerMeshConfig
 from kardia_jax.config.objective import AdvantageConfig, LossConfig
+from kardia_jax.config.saved import flat, from_json, to_json
 from kardia_jax.config.serve import ServeConfig
 from kardia_jax.config.tree import (
     Config,
@@ -30,9 +32,6 @@ from kardia_jax.config.tree import (
     RunConfig,
     SamplerConfig,
     SftConfig,
-    flat,
-    from_json,
-    to_json,
 )
 
 __all__ = [
@@ -69,5 +68,6 @@ __all__ = [
     "TrafficConfig",
     "flat",
     "from_json",
+    "load_config",
     "to_json",
 ]

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from kardia_jax.config import ConfigError, LoraConfig
 from kardia_jax.config.lora import ALL, check_targets
 from kardia_jax.hf.tables import HfError, Rule, Sizes, from_hf, hf_shape, leaf, nested, rules, shape, sizes, to_hf
-from kardia_jax.hf.write import take_name
+from kardia_jax.hf.write import require_target, take_name
 from kardia_jax.model.spec import ModelSpec
 from kardia_jax.types import Params
 
@@ -105,12 +105,7 @@ def load_adapter(dir: pathlib.Path, spec: ModelSpec) -> tuple[LoraConfig, Params
 
 def require_adapter_target(dir: pathlib.Path, overwrite: bool) -> None:
     """Raises HfError for a folder in use; ``overwrite`` lets an older adapter go, and no other folder."""
-    if not dir.exists() or (dir.is_dir() and not any(dir.iterdir())):
-        return
-    if not overwrite:
-        raise HfError(f"{dir}: wanted an empty or new folder, got one in use. Choose another, or pass overwrite.")
-    if not (dir / CONFIG).is_file():
-        raise HfError(f"{dir}: wanted a new folder or one that holds an adapter, got one in use. Choose another.")
+    require_target(dir, overwrite, "an adapter", lambda folder: (folder / CONFIG).is_file())
 
 
 def save_adapter(

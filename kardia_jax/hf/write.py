@@ -86,7 +86,7 @@ def published(dir: pathlib.Path, spec: ModelSpec, dtype: Dtype, overwrite: bool)
 
     Raises HfError for a target in use and a disk without room, both before the block, and for a disk that fills in it.
     """
-    _require_target(dir, overwrite)
+    require_target(dir, overwrite, "a model", _holds_model)
     _require_space(dir, spec, jnp.dtype(dtype).itemsize)
     place = dir.absolute()
     partial = place.with_name(f".{place.name}.partial")
@@ -220,14 +220,15 @@ def take_name(partial: pathlib.Path, dir: pathlib.Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _require_target(dir: pathlib.Path, overwrite: bool) -> None:
+def require_target(dir: pathlib.Path, overwrite: bool, what: str, holds: Callable[[pathlib.Path], bool]) -> None:
+    """Raises HfError for a folder in use; ``overwrite`` lets one go that ``holds`` such a thing, and no other."""
     if not dir.exists() or (dir.is_dir() and not any(dir.iterdir())):
         return
     if not overwrite:
         raise HfError(f"{dir}: wanted an empty or new folder, got one in use. Choose another, or pass overwrite.")
-    if not _holds_model(dir):
+    if not holds(dir):
         fix = "Choose another folder: this one would be deleted with all it holds."
-        raise HfError(f"{dir}: wanted a folder that holds a model to overwrite, got none. {fix}")
+        raise HfError(f"{dir}: wanted a folder that holds {what} to overwrite, got none. {fix}")
 
 
 def _holds_model(dir: pathlib.Path) -> bool:

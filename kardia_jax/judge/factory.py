@@ -7,9 +7,10 @@ above hands them in as ``makers``, one function per kind.
 'rules-1'
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from kardia_jax.config import ConfigError
 from kardia_jax.config.judge import CacheConfig, EndpointConfig, JudgeConfig
@@ -45,15 +46,22 @@ def rules(config: JudgeConfig, rubric: Rubric) -> Judge:
     return RuleJudge()
 
 
-def endpoint(config: JudgeConfig, rubric: Rubric) -> Judge:
-    """A model behind an OpenAI-compatible address."""
+@contextlib.contextmanager
+def needing(package: str, kind: str) -> Iterator[None]:
+    """Around the import of a judge: raises ConfigError where the package that this kind speaks with is missing."""
     try:
-        from kardia_jax.judge.endpoint import EndpointJudge
+        yield
     except ModuleNotFoundError as error:
-        if error.name != "openai":
+        if error.name != package:
             raise
         fix = "pip install 'kardia_jax[judge]'"
-        raise ConfigError("judge.kind", "the package openai for endpoint", "none installed", fix) from error
+        raise ConfigError("judge.kind", f"the package {package} for {kind}", "none installed", fix) from error
+
+
+def endpoint(config: JudgeConfig, rubric: Rubric) -> Judge:
+    """A model behind an OpenAI-compatible address."""
+    with needing("openai", "endpoint"):
+        from kardia_jax.judge.endpoint import EndpointJudge
     key = key_of(config.endpoint, os.environ)
     cache = open_cache(config.cache)
     return EndpointJudge(config.endpoint, config.sampling, config.traffic, rubric, key, cache)
@@ -61,13 +69,8 @@ def endpoint(config: JudgeConfig, rubric: Rubric) -> Judge:
 
 def remote(config: JudgeConfig, rubric: Rubric) -> Judge:
     """A judge that `kardia judge serve` has put behind HTTP."""
-    try:
+    with needing("httpx2", "remote"):
         from kardia_jax.judge.remote import RemoteJudge
-    except ModuleNotFoundError as error:
-        if error.name != "httpx2":
-            raise
-        fix = "pip install 'kardia_jax[judge]'"
-        raise ConfigError("judge.kind", "the package httpx2 for remote", "none installed", fix) from error
     token = secret_of(config.remote.token_env, os.environ)
     return RemoteJudge(config.remote, config.traffic, rubric, token)
 

@@ -255,7 +255,7 @@ def test_only_an_older_adapter_is_replaced(base_of, tmp_path):
     assert json.loads((tmp_path / "a" / CONFIG).read_text())["base_model_name_or_path"] == "two"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    with pytest.raises(HfError, match="wanted a new folder or one that holds an adapter"):
+    with pytest.raises(HfError, match="wanted a folder that holds an adapter to overwrite"):
         save_adapter(tmp_path / "mine", ALL, adapter, spec, "one", "# card", overwrite=True)
     spoilt = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), adapter)
     with pytest.raises(HfError, match=r"q_proj\.lora_A\.weight: wanted finite weights"):

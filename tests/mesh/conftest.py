@@ -25,6 +25,7 @@ from kardia_jax.observe.compilations import CompilationCounter
 from kardia_jax.observe.measures import to_host, values
 from kardia_jax.rollout.batching import Programs
 from kardia_jax.rollout.sampling import Controls
+from kardia_jax.sharded import make_start
 from kardia_jax.types import GroupBatch, TrainState
 
 PROMPTS, GROUP, PROMPT, MOST, STEPS = 8, 2, 6, 8, 3
@@ -104,7 +105,7 @@ def steps(
     update = programs.make_compiled_update(
         spec, compute, OBJECTIVE, OPTIMIZER, 0.9, micro_batches, tokens_per_micro_batch=tokens
     )
-    state = programs.make_start(OPTIMIZER, mesh)(on(mesh, start_params(name)))
+    state = make_start(OPTIMIZER, mesh)(on(mesh, start_params(name)))
     reference = on(mesh, start_params(name))
     asked, lengths = (x[list(order)] for x in prompts())
     controls = Controls(jnp.float32(0.9), jnp.int32(0), jnp.float32(1), jnp.float32(0))
@@ -180,7 +181,7 @@ def sampler_on() -> Callable[[str, str], tuple[Programs, Any]]:
 @pytest.fixture(scope="session")
 def state_on() -> Callable[[str, str], TrainState]:
     """(model, mesh) -> step 0."""
-    return lambda name, shape: programs.make_start(OPTIMIZER, mesh_of(shape))(on(mesh_of(shape), start_params(name)))
+    return lambda name, shape: make_start(OPTIMIZER, mesh_of(shape))(on(mesh_of(shape), start_params(name)))
 
 
 @pytest.fixture(scope="session")
