@@ -33,12 +33,12 @@ PATIENCE = 120
 PROGRAM = """
     import dataclasses, sys, time
     import jax
-    from kardia_jax.config import Config, GrpoConfig, HostsConfig
+    from kardia_jax.config import Config, GrpoConfig, HostsConfig, JudgeConfig, MeshConfig, SamplerMeshConfig
     from kardia_jax.hosts import HostsError, anyone, end_if_joined, gathered, joined
 
     coordinator, processes, process, group = sys.argv[1], *map(int, sys.argv[2:5])
     hosts = HostsConfig(coordinator=coordinator, processes=processes, process=process, {settings})
-    config = dataclasses.replace(Config(), hosts=hosts, grpo=GrpoConfig(group=group))
+    config = dataclasses.replace(Config(), hosts=hosts, grpo=GrpoConfig(group=group), **dict({more}))
     try:
         with joined(config):
             {work}
@@ -55,12 +55,17 @@ def free_port() -> int:
 
 
 def start(
-    work: str, processes: int, groups: dict[int, int] | None = None, settings: str = "heartbeat_seconds=600", only=None
+    work: str,
+    processes: int,
+    groups: dict[int, int] | None = None,
+    settings: str = "heartbeat_seconds=600",
+    only=None,
+    more: str = "",
 ):
-    """One Python for each process, which does ``work`` when all have joined."""
+    """One Python for each process, which does ``work`` when all have joined; ``more`` are fields of their config."""
     coordinator = f"127.0.0.1:{free_port()}"
     program = textwrap.dedent(PROGRAM).format(
-        work=textwrap.indent(textwrap.dedent(work), 8 * " ").strip(), settings=settings
+        work=textwrap.indent(textwrap.dedent(work), 8 * " ").strip(), settings=settings, more=more
     )
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return [
@@ -103,6 +108,19 @@ def test_processes_with_different_configs_are_named_in_all_of_them():
         assert code == 1, err
         assert f"grpo.group: 8 on 0 ({here}), 1 ({here}); 16 on 2 ({here})" in err
         assert "Start all processes with the same config" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ("judge=JudgeConfig(record='all.jsonl')", "judge.record: wanted no file"),
+        ("mesh=MeshConfig(sampler=SamplerMeshConfig(data=1))", "mesh.sampler.data: wanted 0"),
+    ],
+)
+def test_what_only_one_process_can_do_is_refused_in_several(more, field):
+    for code, _, err in ended(start("print('never')", 2, more=more)):
+        assert code == 1, err
+        assert f"{field} in a run of several processes" in err
 
 
 def test_the_reason_of_one_stops_the_others_within_seconds():
