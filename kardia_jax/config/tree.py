@@ -98,7 +98,8 @@ class ModelConfig:
     """Who computes attention of prompts and whole completions; auto takes cudnn on NVIDIA GPUs and splash on TPUs for
     the layers that these can do, xla for the rest. A kernel that is named and cannot do a layer is an error."""
     remat: Literal["none", "block", "dots"] = "block"
-    """What the backward pass recomputes: nothing, every block, or everything but the blocks' matrix products."""
+    """What the backward pass recomputes: nothing, every block, or everything but the blocks' matrix products and
+    attention."""
     head_chunk: int = 1024
     """Completion tokens per slice of the LM head in the learner; slices of padding alone are skipped."""
     vocab_chunk: int = 0

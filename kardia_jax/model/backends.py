@@ -27,6 +27,8 @@ NATIVE: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash"}
 """What ``auto`` tries first on these platforms."""
 KERNELS: dict[Backend, Kernel] = {"cudnn": cudnn.KERNEL, "splash": splash.kernel()}
 """XLA has none: it is not a kernel but what JAX makes of ``attention.py``."""
+CACHED = 4 * 2**20
+"""Bytes of scores; 2 to 8 MiB are equally fast with 32 MiB of cache for two cores."""
 
 
 class Machine(NamedTuple):
@@ -95,9 +97,10 @@ def prompt_attention(
     where: Machine | None = None,
 ) -> Float[Array, "B H S E"]:
     """``causal_attention`` by the backend of this layer, for this machine or another (``where``)."""
-    kernel = _kernel(wanted, where or machine(), q, scoring, window)
+    where = where or machine()
+    kernel = _kernel(wanted, where, q, scoring, window)
     if kernel is None:
-        return causal_attention(q, k, v, scoring, window)
+        return causal_attention(q, k, v, scoring, window, room(where)).out
     return _fused(kernel, scoring, q, (Keys(k, v, None),))
 
 
@@ -118,13 +121,22 @@ def completion_attention(
     Kernels have one length a row, and the completions of a group may continue different parts of their prompt: so each
     is a row, and reads a copy of the prompt's keys that lives for this layer only.
     """
-    kernel = _kernel(wanted, where or machine(), q, scoring, window)
+    where = where or machine()
+    kernel = _kernel(wanted, where, q, scoring, window)
     if kernel is None:
-        return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, scoring, window)
+        return group_attention(q, k, v, prompt_k, prompt_v, prompt_lengths, scoring, window, room(where))
     group = q.shape[1]
     rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
     shared = Keys(_repeated(prompt_k, group), _repeated(prompt_v, group), prompt_lengths.reshape(-1))
     return _fused(kernel, scoring, rows[0], (shared, Keys(rows[1], rows[2], None))).reshape(q.shape)
+
+
+def room(where: Machine) -> int | None:
+    """Bytes of scores that XLA makes at a time: all of them, but on a CPU what its caches hold.
+
+    On a mesh of CPUs it is all of them, too: going through the heads one after the other, devices would wait in turn.
+    """
+    return CACHED if where.platform == "cpu" and active() is None else None
 
 
 def _fused(kernel: Kernel, scoring: Scoring, q: Float[Array, "B H T E"], sets: tuple[Keys, ...]) -> Array:

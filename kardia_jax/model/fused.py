@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kardia_jax.model.attention import Part, Scoring, merge
+from kardia_jax.model.attention import ATTENDED, Part, Scoring, merge
 
 
 class Keys(NamedTuple):
@@ -56,7 +57,7 @@ def _merged(kernel: Kernel, scoring: Scoring, q: Array, sets: tuple[Keys, ...]) 
 def _forward(
     kernel: Kernel, scoring: Scoring, q: Array, sets: tuple[Keys, ...]
 ) -> tuple[Array, tuple[Array, tuple[Keys, ...], Part]]:
-    merged = _merged(kernel, scoring, q, sets)
+    merged = Part(*(checkpoint_name(x, ATTENDED) for x in _merged(kernel, scoring, q, sets)))
     return merged.out, (q, sets, merged)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kardia_jax.model.attention import Scoring, Window
+from kardia_jax.model.attention import ATTENDED, Scoring, Window
 from kardia_jax.model.backends import Machine, Wanted, completion_attention, prompt_attention
 from kardia_jax.model.embedding import looked_up
 from kardia_jax.model.head import Slices, model_logits, token_logprobs
@@ -36,7 +36,7 @@ class Compute:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "block", "dots"] = "block"
-    """Recomputed in the backward pass: nothing, every block, or everything but products with weights."""
+    """Recomputed in the backward pass: nothing, every block, or everything but products with weights and attention."""
     head_chunk: int = 1024
     """Completion tokens per slice of the LM head."""
     vocab_chunk: int = 0
@@ -58,8 +58,8 @@ class Compute:
         return {"attention": self.attention, "where": self.machine}
 
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up")
-"""Outputs of a block's linear layers that its backward pass reads; that of ``down`` is only added."""
+PRODUCTS = ("q", "k", "v", "o", "gate", "up", ATTENDED)
+"""Outputs of a block's products that its backward pass reads; that of ``down`` is only added."""
 
 
 def init(spec: ModelSpec, key: Key[Array, ""]) -> Params:
@@ -231,5 +231,5 @@ def _remat(block: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
     """The block as the backward pass should see it."""
     if compute.remat == "none":
         return block
-    policy = jax.checkpoint_policies.save_only_these_names(*PROJECTIONS) if compute.remat == "dots" else None
+    policy = jax.checkpoint_policies.save_only_these_names(*PRODUCTS) if compute.remat == "dots" else None
     return jax.checkpoint(block, policy=policy, prevent_cse=False)

@@ -205,10 +205,11 @@ def logits_bytes(spec: ModelSpec, rows: int, tensor: int) -> int:
 
 
 def layer_bytes(spec: ModelSpec, tokens: int, element: int, tensor: int) -> tuple[int, int]:
-    """What one block's linear layers give for so many tokens, and all else that its backward pass reads."""
-    heads = (spec.heads + 2 * max(spec.kv_heads, tensor)) * spec.head_dim // tensor
+    """What one block's linear layers and attention give for so many tokens, and all else that its backward pass
+    reads."""
+    heads = (2 * spec.heads + 2 * max(spec.kv_heads, tensor)) * spec.head_dim // tensor
     products = heads + spec.width + 2 * spec.mlp_width // tensor
-    rest = 3 * spec.width + spec.heads * spec.head_dim // tensor + spec.mlp_width // tensor
+    rest = 3 * spec.width + spec.mlp_width // tensor
     return tokens * products * element, tokens * rest * element
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kardia_jax.model import attention
 from kardia_jax.model.attention import (
     MASKED,
     Part,
@@ -77,8 +78,98 @@ def test_group_attention_is_the_repeated_form(lengths, group, length, kv_heads, 
 def test_causal_attention_is_the_textbook():
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 1, 6, 2, 4)).astype(np.float32)
-    out = causal_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), Scoring(0.3), window=3)
+    out = causal_attention(*(x.swapaxes(1, 2) for x in (q, k, v)), Scoring(0.3), window=3).out
     np.testing.assert_allclose(out[0].swapaxes(0, 1), plain_attention(q[0], k[0], v[0], 0.3, None, 3), atol=TOLERANCE)
+
+
+def textbook(q, k, v, keep, scoring):
+    """``attend`` with all scores in memory, its gradient left to JAX."""
+    heads, scores = q.shape[1] // k.shape[1], None
+    k, v = (jnp.repeat(x, heads, 1) for x in (k, v))
+    scores = jnp.einsum("BHTE,BHSE->BHTS", q, k) * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    scores = jnp.where(keep[:, None], scores, -jnp.inf)
+    return Part(jax.nn.softmax(scores) @ v, jax.nn.logsumexp(scores, -1))
+
+
+def gradients(function, arrays, seed):
+    """Of sums of output and log-sum-exp with random weights, and what they are summed of."""
+    rng = np.random.default_rng(seed)
+
+    def loss(*arrays):
+        part = function(*arrays)
+        weights = [rng_weights[: x.size].reshape(x.shape) for x in part]
+        return sum((w * x).sum() for w, x in zip(weights, part, strict=True)), part
+
+    rng_weights = jnp.asarray(rng.normal(size=10_000), jnp.float32)
+    grads, part = jax.jit(jax.grad(loss, range(len(arrays)), has_aux=True))(*arrays)
+    return [*part, *grads]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    ratio=st.sampled_from([1, 3]),
+    length=st.integers(1, 6),
+    size=st.integers(1, 7),
+    by_row=st.booleans(),
+    by_query=st.booleans(),
+    softcap=st.sampled_from([None, 1.5]),
+    heads_at_once=st.sampled_from([None, 0, 1, 2, 3, 100]),
+    seed=st.integers(0, 1000),
+)
+def test_attending_by_heads_is_the_textbook_in_values_and_gradients(
+    batch, kv_heads, ratio, length, size, by_row, by_query, softcap, heads_at_once, seed
+):
+    rng = np.random.default_rng(seed)
+    q = jnp.asarray(rng.normal(size=(batch, kv_heads * ratio, length, 4)), jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, batch, kv_heads, size, 4)), jnp.float32)
+    keep = rng.random((batch if by_row else 1, length if by_query else 1, size)) < 0.6
+    keep[..., 0] = True
+    room = None if heads_at_once is None else heads_at_once * 4 * ratio * length * size
+    ours, plain = (
+        gradients(
+            lambda *arrays, how=how, more=more: how(*arrays, jnp.asarray(keep), Scoring(0.4, softcap), *more),
+            (q, k, v),
+            seed,
+        )
+        for how, more in ((attend, (room,)), (textbook, ()))
+    )
+    for got, want in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("size", [1, 4, 7, 13])
+def test_stretches_of_queries_change_nothing(size, window, monkeypatch):
+    monkeypatch.setattr(attention, "SHORTEST_STRETCH", 2)
+    rng = np.random.default_rng(size)
+    q, k, v = jnp.asarray(rng.normal(size=(3, 2, 2, size, 4)), jnp.float32)
+    scoring = Scoring(0.3, 2.0)
+    ours, plain = (
+        gradients(lambda *arrays, room=room: causal_attention(*arrays, scoring, window, room), (q, k, v), size)
+        for room in (64, None)
+    )
+    for got, want in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=1e-5)
+
+
+def test_scores_exist_within_the_room_alone():
+    # 2 rows x 3 heads x 64 queries x 128 keys of float32 are 192 KiB; one head's are 32 KiB.
+    q, k, v = jnp.ones((2, 3, 64, 8)), jnp.ones((2, 3, 128, 8)), jnp.ones((2, 3, 128, 8))
+
+    def program(room):
+        def total(q, k, v):
+            return attend(q, k, v, jnp.ones((1, 1, 128), bool), Scoring(1.0), room).out.sum()
+
+        return jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v).compile().as_text()
+
+    whole, one_head = ("f32[2,3,64,128]", "f32[6,64,128]"), "f32[1,1,64,128]"
+    assert any(shape in program(None) for shape in whole)
+    assert not any(shape in program(2**15) for shape in whole)
+    assert one_head in program(2**15)
 
 
 def test_merging_parts_by_hand():

@@ -96,8 +96,9 @@ def test_activations_grow_with_what_the_backward_pass_keeps():
         return activation_bytes(spec, dataclasses.replace(COMPUTE, remat=remat), shape, 2, (1, 1, 1), fused)
 
     tokens = 4 * (128 + 8 * 64)
-    # Beside the stream, dots keeps per token q, k, v (8 x 16), o (64), gate and up (2 x 192), in bfloat16, in 2 layers.
-    assert of("dots") - of("block") == 2 * tokens * 2 * (128 + 64 + 384)
+    # Beside the stream, dots keeps per token q, k, v (8 x 16), what they attended to (4 x 16), o (64), gate and up
+    # (2 x 192), in bfloat16, in 2 layers.
+    assert of("dots") - of("block") == 2 * tokens * 2 * (128 + 64 + 64 + 384)
     assert of("block") < of("dots") < of("none")
     assert of("block", fused=False) > of("block")
 
