@@ -26,7 +26,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from kardia_jax.allocator import keep_freed_memory
 from kardia_jax.config import BenchConfig, Config, ConfigError, ImportBenchConfig, load_config
 from kardia_jax.platforms import leave_out_absent_tpus
 
@@ -145,7 +144,7 @@ class DoctorArgs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code. Without ``argv`` the process is this command's own."""
+    """Runs one verb; returns the exit code."""
     # transformers would advise everybody to install PyTorch, which this package does without.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     leave_out_absent_tpus()
@@ -157,8 +156,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"verb: wanted one of {', '.join(VERBS)}, got {verb!r}.\n\n{USAGE}", file=sys.stderr)
         return 2
-    if argv is None and verb in COMPUTING:
-        keep_freed_memory()
     return _outcome(verb, lambda: VERBS[verb](arguments))
 
 
@@ -395,6 +392,3 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "judge": _judge,
     "plan": _plan,
 }
-
-COMPUTING = ("demo", "sft", "grpo", "eval", "bench")
-"""Those that run the programs of training."""

@@ -19,14 +19,5 @@ def leave_out_absent_tpus() -> None:
     What JAX_PLATFORMS or JAX_FORCE_TPU_INIT say stands.
     """
     asked = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_FORCE_TPU_INIT")
-    if not asked and importlib.util.find_spec("libtpu") is not None and not _accelerators():
+    if not asked and importlib.util.find_spec("libtpu") is not None and not any(map(glob.glob, TPUS + GPUS)):
         os.environ["JAX_PLATFORMS"] = "cpu"
-
-
-def only_cpu() -> bool:
-    """Whether JAX, which is not imported yet, can only find the CPU."""
-    return os.environ.get("JAX_PLATFORMS") == "cpu" or not _accelerators()
-
-
-def _accelerators() -> bool:
-    return any(map(glob.glob, TPUS + GPUS))
