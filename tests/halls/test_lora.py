@@ -90,7 +90,8 @@ def test_the_base_is_the_reference_itself_and_stays_as_it_was(whole, nano_policy
     assert bits(trained.frozen) == bits(nano_policy.params)
     metrics = read_lines(config.run.dir / "metrics.jsonl")
     # B starts as zero, so the first batch is scored by the base on both sides; dropout of 0 B A x is 0 too.
-    assert metrics[0]["kl"] == 0.0
+    # Only rounding is left: the two are different programs.
+    assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-12)
     assert metrics[3]["kl"] > 0
     assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in metrics)
 
