@@ -77,7 +77,8 @@ def main(peer: Peer, doc: str | None) -> None:
     ours = [sys.executable, "-m", "kardia_jax", "bench", peer.kind, *workload, *shlex.split(args.ours), "--json"]
     theirs = [python, str(ROOT / "benchmarks" / "peers" / peer.script), *workload, *rest]
     rounds = [{"ours": last_json(ours), "peer": last_json(theirs)} for _ in range(args.rounds)]
-    found = {"peer": peer.name, "command": sys.argv, "ratios": ratios(rounds), "rounds": rounds}
+    asked = {name: getattr(args, name) for name in WORKLOAD}
+    found = {"peer": peer.name, "command": sys.argv, "asked": asked, "ratios": ratios(rounds), "rounds": rounds}
     if not args.json:
         print(text(peer, found) + "\n")
     print(json.dumps(found))
@@ -145,11 +146,12 @@ def text(peer: Peer, found: dict[str, Any]) -> str:
         rows.append([name, f"{ours:.3f}", f"{theirs:.3f}", spread])
     first = rounds[0]["peer"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    ours = rounds[0]["ours"]
+    ours, asked = rounds[0]["ours"], found["asked"]
     return "\n".join(
         [
             f"{ours['model']}, {ours['dtype']}: {ours['prompts']} prompts x {ours['group']}, {ours['prompt_len']} + "
-            f"{ours['new_tokens']} tokens (the peer saw {first['prompt_len']} + {first['new_tokens']}), "
+            f"{ours['new_tokens']} tokens (the peer {asked['prompts']} x {asked['group']}, and saw "
+            f"{first['prompt_len']} + {first['new_tokens']}), "
             f"{len(rounds)} rounds of {ours['steps']} steps; {versions}",
             "",
             table(["", "kardia_jax", peer.name, "ratio (min to max)"], rows),
