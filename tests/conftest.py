@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import resource
+import signal
 import sys
 import tempfile
 
@@ -20,6 +21,10 @@ pytest_plugins = ["chat_server"]
 # No time limit for an example: its first one compiles, and a busy machine takes long over any.
 settings.register_profile("kardia", deadline=None)
 settings.load_profile("kardia")
+
+# Some tests press Ctrl-C. Where the suite was started in the background its shell has made that ignored, and they would
+# wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests that need an accelerator run with JAX_PLATFORMS=cuda,cpu (or tpu,cpu) and are skipped otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
