@@ -253,8 +253,10 @@ def next_logprobs(
     prefix, prefix_lengths, suffix, suffix_lengths = map(jnp.asarray, batch)
     hidden = group_hidden(spec, compute, params, prefix, prefix_lengths, suffix)
     last = jnp.take_along_axis(hidden, suffix_lengths[..., None, None], 2)[:, :, 0]
-    z = sampled_logits(last, head_table(params), spec.sampled_tokens, spec.final_softcap)
-    return jnp.take(z, jnp.array(levels), axis=-1) - jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    rows = last.reshape(-1, last.shape[-1])
+    z = sampled_logits(rows, head_table(params), spec.sampled_tokens, spec.final_softcap)
+    logprobs = z[jnp.array(levels)] - jax.nn.logsumexp(z, axis=0)
+    return logprobs.T.reshape(*last.shape[:2], len(levels))
 
 
 @functools.cache

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kardia_jax.model.attention import MASKED, Part, Scoring, Window, merge
-from kardia_jax.model.layers import Block, kinds, rotations, turn_of
+from kardia_jax.model.layers import Block, Turns, kinds, rotations, turn_of
 from kardia_jax.model.lora import SITES, merged, union
 from kardia_jax.model.policy import Compute, apply, embed, final_norm, run_prompt, scoring_of
 from kardia_jax.model.sharding import constrain_tree, key_heads
@@ -137,6 +137,11 @@ def stored(x: Float[Array, "..."], axis: int, storage: Storage) -> Stored:
     return Stored(jnp.round(wide / scale).astype(jnp.int8), scale)
 
 
+def turns_at(spec: ModelSpec, prefix_lengths: Int[Array, " P"], start: Int[Array, " P"], step: Int[Array, ""]) -> Turns:
+    """Rotations [P, 1, 1, E] of the tokens that a step feeds; see ``decode_step``."""
+    return rotations(spec, (prefix_lengths + step - start)[:, None, None])
+
+
 def decode_step(
     spec: ModelSpec,
     compute: Compute,
@@ -146,15 +151,17 @@ def decode_step(
     prefix_lengths: Int[Array, " P"],
     start: Int[Array, " P"],
     step: Int[Array, ""],
+    turns: Turns,
     tokens: Int[Array, "P G"],
 ) -> tuple[Float[Array, "P G D"], list[LayerCache]]:
     """Feeds one token to every row, at column ``step`` mod T, and gives the hidden state after it.
 
     ``start`` is the step that fed a group's first token, which stands behind ``prefix_lengths`` prompt tokens.
+    ``turns`` are those of ``turns_at``, and best come from the step before: what a loop carries is computed once, while
+    XLA on CPU fuses sines made here into every layer that reads them.
     """
     x = embed(spec, weights, tokens[..., None], compute, "used")
     written = step - start
-    turns = rotations(spec, (prefix_lengths + written)[:, None, None])
     sizes = caches[0].prompt_v.values.shape[2], caches[0].v.values.shape[2]
     sights = {kind.window: sight(prefix_lengths, written, step, sizes, kind.window) for kind in kinds(spec)}
     out = []

@@ -307,7 +307,7 @@ def on_each_device(function: Callable[..., Any], taken: Sequence[str], given: An
         return function
 
     def spec(axes: str) -> PartitionSpec:
-        return partition(axes, "moving" if axes[:1] in ("N", "P") else "stored")
+        return partition(axes, "moving" if set(axes) & {"N", "P"} else "stored")
 
     specs, results = jax.tree.map(spec, tuple(taken)), jax.tree.map(spec, given)
     return jax.shard_map(function, in_specs=specs, out_specs=results, check_vma=False)

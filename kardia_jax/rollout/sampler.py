@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kardia_jax.model.decoding import LayerCache, Storage, Stored, decode_step, empty_caches, prefill
+from kardia_jax.model.decoding import LayerCache, Storage, Stored, decode_step, empty_caches, prefill, turns_at
 from kardia_jax.model.head import sampled_logits
+from kardia_jax.model.layers import Turns
 from kardia_jax.model.policy import Compute, head_table
 from kardia_jax.model.sharding import by_rows, constrain_rows, first_group
 from kardia_jax.model.spec import ModelSpec
@@ -158,27 +159,34 @@ def decode(
     """
     table = head_table(weights)
 
-    def unfinished(rows: Rows) -> Bool[Array, ""]:
+    def unfinished(state: tuple[Rows, Turns]) -> Bool[Array, ""]:
+        rows, _ = state
         return (rows.step < until) & ((~rows.drawn.done).sum() > least)
 
-    def advance(rows: Rows) -> Rows:
+    def advance(state: tuple[Rows, Turns]) -> tuple[Rows, Turns]:
+        rows, turns = state
         hidden, caches = decode_step(
-            spec, compute, storage, weights, rows.caches, rows.prefix_lengths, rows.start, rows.step, rows.token
+            spec, compute, storage, weights, rows.caches, rows.prefix_lengths, rows.start, rows.step, turns, rows.token
         )
+        hidden = hidden.reshape(-1, spec.width)
         logits = sampled_logits(hidden, table, spec.sampled_tokens, spec.final_softcap)
-        return _record(rows._replace(caches=caches), logits, controls, stop_ids, pad_id)
+        return with_turns(_record(rows._replace(caches=caches), logits, controls, stop_ids, pad_id))
 
-    return jax.lax.while_loop(unfinished, advance, rows)
+    def with_turns(rows: Rows) -> tuple[Rows, Turns]:
+        return rows, turns_at(spec, rows.prefix_lengths, rows.start, rows.step)
+
+    rows, _ = jax.lax.while_loop(unfinished, advance, with_turns(rows))
+    return rows
 
 
 def _record(
-    rows: Rows, logits: Float[Array, "P G V"], controls: Controls, stop_ids: Int[Array, " E"], pad_id: Int[Array, ""]
+    rows: Rows, logits: Float[Array, "V N"], controls: Controls, stop_ids: Int[Array, " E"], pad_id: Int[Array, ""]
 ) -> Rows:
     """Draws the next token of every row and writes it down where the row is not done."""
     shape = rows.keys.shape
     place = jnp.broadcast_to((rows.step - rows.start)[:, None], shape)
     keys = jax.vmap(jax.random.fold_in)(rows.keys.reshape(-1), place.reshape(-1))
-    drawn = jax.tree.map(lambda x: x.reshape(shape), draw(logits.reshape(-1, logits.shape[-1]), keys, controls))
+    drawn = jax.tree.map(lambda x: x.reshape(shape), draw(logits, keys, controls))
     token, after = by_rows(_written, ("P", "P", "P", "", ""), "P")(rows.drawn, place, drawn, stop_ids, pad_id)
     return rows._replace(step=rows.step + 1, token=token, drawn=after)
 

@@ -2,6 +2,8 @@
 
 All controls are arrays, so changing them compiles nothing. The filters apply in the order temperature, top-k, top-p
 (on what top-k left), min-p, as in transformers; tokens that tie with the last one kept are kept too.
+
+The vocabulary comes first, [V, N], as ``sampled_logits`` makes it.
 """
 
 import functools
@@ -48,67 +50,85 @@ class Draw(NamedTuple):
     """Under softmax(logits / temperature), nothing filtered; temperature 1 for greedy."""
 
 
-def draw(logits: Float[Array, "N V"], keys: Key[Array, " N"], controls: Controls) -> Draw:
+def draw(logits: Float[Array, "V N"], keys: Key[Array, " N"], controls: Controls) -> Draw:
     """Draws from softmax(logits / temperature) after the filters; temperature 0 takes the most likely token.
 
     On a mesh each device has part of the vocabulary for its own rows, and of the draw what is gathered is one number
     for each block. The filters alone need whole rows and gather them.
     """
     here = functools.partial(_draw_here, cut("used").vocabulary)
-    return on_each_device(here, ("NV", "N", ""), "N")(logits, keys, controls)
+    return on_each_device(here, ("VN", "N", ""), "N")(logits, keys, controls)
 
 
-def _draw_here(over: Axes, logits: Float[Array, "N V"], keys: Key[Array, " N"], controls: Controls) -> Draw:
+def _draw_here(over: Axes, logits: Float[Array, "V N"], keys: Key[Array, " N"], controls: Controls) -> Draw:
     greedy = controls.temperature == 0
     z = logits / jnp.where(greedy, 1.0, controls.temperature)
-    filtering = (controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)
+    filtering = ((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)) & ~greedy
     # The sort behind the filters costs more than the rest of the draw: skipped at run time when nothing filters.
-    floor = jax.lax.cond(filtering & ~greedy, functools.partial(_floor, over), _no_floor, z, controls)
-    kept = jnp.where(z >= floor[:, None], z, -jnp.inf)
+    floor = jax.lax.cond(filtering, functools.partial(_floor, over), _no_floor, z, controls)
+    peak = largest(z.max(0), over)
+    # Exponentials over the vocabulary are the next in cost: the draw and both log-probs share them.
+    weights = jnp.where(z >= floor, jnp.exp(z - peak), 0)
+    total = summed(weights.sum(0), over)
+    whole = jax.lax.cond(filtering, functools.partial(_unfiltered, over), _as_filtered, z, peak, total)
     uniform = jax.vmap(jax.random.uniform)(keys)
     # Finding the most likely token costs as much as the rest of the draw: only where it is asked for.
     most_likely, sampled = functools.partial(_most_likely, over), functools.partial(_sampled, over)
-    token = jax.lax.cond(greedy, most_likely, sampled, kept, uniform)
-    chosen = _taken(over, z, token)
-    sampler_logprob = jnp.where(greedy, 0.0, chosen - _logsumexp(over, kept))
-    return Draw(token, sampler_logprob, chosen - _logsumexp(over, z))
+    token = jax.lax.cond(greedy, most_likely, sampled, z, weights, uniform)
+    chosen = _taken(over, z, token) - peak
+    return Draw(token, jnp.where(greedy, 0.0, chosen - jnp.log(total)), chosen - jnp.log(whole))
 
 
-def _most_likely(over: Axes, kept: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
-    del uniform
+def _unfiltered(
+    over: Axes, z: Float[Array, "V N"], peak: Float[Array, " N"], total: Float[Array, " N"]
+) -> Float[Array, " N"]:
+    del total
+    return summed(jnp.exp(z - peak).sum(0), over)
+
+
+def _as_filtered(z: Float[Array, "V N"], peak: Float[Array, " N"], total: Float[Array, " N"]) -> Float[Array, " N"]:
+    del z, peak
+    return total
+
+
+def _most_likely(
+    over: Axes, z: Float[Array, "V N"], weights: Float[Array, "V N"], uniform: Float[Array, " N"]
+) -> Int[Array, " N"]:
+    del weights, uniform
     if not over:
-        return kept.argmax(-1)
+        return z.argmax(0)
     # The first of those that are equal, as argmax takes.
-    peak, place = kept.max(-1), kept.argmax(-1) + first_row(kept.shape[1], over)
+    peak, place = z.max(0), z.argmax(0) + first_row(z.shape[0], over)
     return jax.lax.pmin(jnp.where(peak == largest(peak, over), place, jnp.iinfo(jnp.int32).max), over)
 
 
-def _sampled(over: Axes, kept: Float[Array, "N V"], uniform: Float[Array, " N"]) -> Int[Array, " N"]:
-    return inverse_cdf(jnp.exp(kept - largest(kept.max(-1, keepdims=True), over)), uniform, over)
+def _sampled(
+    over: Axes, z: Float[Array, "V N"], weights: Float[Array, "V N"], uniform: Float[Array, " N"]
+) -> Int[Array, " N"]:
+    del z
+    return inverse_cdf(weights, uniform, over)
 
 
-def _floor(over: Axes, z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
-    return filter_floor(jax.lax.all_gather(z, over, axis=1, tiled=True) if over else z, controls)
+def _floor(over: Axes, z: Float[Array, "V N"], controls: Controls) -> Float[Array, " N"]:
+    return filter_floor((jax.lax.all_gather(z, over, tiled=True) if over else z).T, controls)
 
 
-def _taken(over: Axes, x: Float[Array, "N M ..."], place: Int[Array, " N"]) -> Float[Array, "N ..."]:
+def _no_floor(z: Float[Array, "V N"], controls: Controls) -> Float[Array, " N"]:
+    del controls
+    return jnp.full(z.shape[1:], -jnp.inf, z.dtype)
+
+
+def _taken(over: Axes, x: Float[Array, "M ... N"], place: Int[Array, " N"]) -> Float[Array, "N ..."]:
     """x at each row's place among all that the devices have, from the one that has it."""
 
     def at(index: Int[Array, " N"]) -> Array:
-        return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), 1)[:, 0]
+        return x[index, ..., jnp.arange(x.shape[-1])]
 
     if not over:
         return at(place)
-    here = place - first_row(x.shape[1], over)
-    mine = (here >= 0) & (here < x.shape[1])
-    return summed(jnp.where(mine.reshape(-1, *[1] * (x.ndim - 2)), at(jnp.clip(here, 0, x.shape[1] - 1)), 0), over)
-
-
-def _logsumexp(over: Axes, z: Float[Array, "N V"]) -> Float[Array, " N"]:
-    if not over:
-        return jax.nn.logsumexp(z, -1)
-    peak = largest(z.max(-1), over)
-    return jnp.log(summed(jnp.exp(z - peak[:, None]).sum(-1), over)) + peak
+    here = place - first_row(x.shape[0], over)
+    mine = (here >= 0) & (here < x.shape[0])
+    return summed(jnp.where(mine.reshape(-1, *[1] * (x.ndim - 2)), at(jnp.clip(here, 0, x.shape[0] - 1)), 0), over)
 
 
 def filter_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
@@ -125,12 +145,7 @@ def filter_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N
     return jnp.maximum(nucleus, ranked[:, 0] + jnp.log(controls.min_p))
 
 
-def _no_floor(z: Float[Array, "N V"], controls: Controls) -> Float[Array, " N"]:
-    del controls
-    return jnp.full(z.shape[:1], -jnp.inf, z.dtype)
-
-
-def inverse_cdf(weights: Float[Array, "N V"], uniform: Float[Array, " N"], over: Axes = ()) -> Int[Array, " N"]:
+def inverse_cdf(weights: Float[Array, "V N"], uniform: Float[Array, " N"], over: Axes = ()) -> Int[Array, " N"]:
     """The token at which the running sum of ``weights`` first exceeds uniform * total; its weight is above 0.
 
     One uniform number per row is exact and far cheaper than Gumbel noise over the vocabulary. Two levels - blocks,
@@ -138,9 +153,9 @@ def inverse_cdf(weights: Float[Array, "N V"], uniform: Float[Array, " N"], over:
     mesh share the vocabulary (``over``), each device sums its own blocks; the sums of all are gathered, in the order of
     the tokens, and then the one block that is wanted.
     """
-    rows, size = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -size % BLOCK))).reshape(rows, -1, BLOCK)
-    own, sums = blocks.shape[1], blocks.sum(-1)
+    size, rows = weights.shape
+    blocks = jnp.pad(weights, ((0, -size % BLOCK), (0, 0))).reshape(-1, BLOCK, rows)
+    own, sums = blocks.shape[0], blocks.sum(1).T
     sums = jax.lax.all_gather(sums, over, axis=1, tiled=True) if over else sums
     target = uniform * sums.sum(-1)
     upto = jnp.cumsum(sums, -1)

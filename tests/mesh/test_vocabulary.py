@@ -50,7 +50,7 @@ def test_a_draw_takes_the_token_that_one_device_takes(mesh_named, compiled_draw,
     # Ties among the most likely, on two devices: greedy takes the first.
     z[0, [2100, 40, 900]] = 30.0
     keys, controls = jax.random.split(jax.random.key(1), ROWS), Controls.from_config(settings)
-    one, many = (compiled_draw(name)(z, keys, controls) for name in ("1x1x1", shape))
+    one, many = (compiled_draw(name)(z.T, keys, controls) for name in ("1x1x1", shape))
     np.testing.assert_array_equal(many.token, one.token)
     np.testing.assert_allclose(many.sampler_logprob, one.sampler_logprob, atol=ROUNDING)
     np.testing.assert_allclose(many.tempered_logprob, one.tempered_logprob, atol=ROUNDING)

@@ -21,6 +21,7 @@ from kardia_jax.model.decoding import (
     quantized,
     sight,
     stored,
+    turns_at,
 )
 from kardia_jax.model.head import model_logits
 from kardia_jax.model.policy import Compute
@@ -82,7 +83,8 @@ def decoded(family: str, storage: Storage) -> np.ndarray:
         # A group that has not begun, or has ended, is fed anything.
         place = step - START
         tokens = np.stack([fed[p, :, n] if 0 <= n < 6 else np.full(3, 7) for p, n in enumerate(place)])
-        hidden, caches = advance(weights, caches, LENGTHS - 1, START, jnp.int32(step), jnp.asarray(tokens))
+        turns = turns_at(spec, LENGTHS - 1, START, step)
+        hidden, caches = advance(weights, caches, LENGTHS - 1, START, jnp.int32(step), turns, jnp.asarray(tokens))
         z = np.asarray(model_logits(hidden, policy.head_table(params), spec.final_softcap))
         for p, n in enumerate(place):
             if 0 <= n < 6:

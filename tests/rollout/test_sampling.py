@@ -17,9 +17,9 @@ BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 ROUNDING = 1e-5
 """float32 log-probs of size 10 against float64; also how near to a bound a filter may fall either way."""
 
-compiled_draw = jax.jit(draw)
+compiled_draw = jax.jit(lambda logits, keys, filters: draw(logits.T, keys, filters))
 compiled_floor = jax.jit(filter_floor)
-compiled_inverse = jax.jit(inverse_cdf)
+compiled_inverse = jax.jit(lambda weights, uniform: inverse_cdf(weights.T, uniform))
 
 
 def controls(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Controls:
@@ -158,7 +158,7 @@ def test_changing_the_controls_compiles_nothing():
 
     def traced(logits, keys, filters):
         traces.append(1)
-        return draw(logits, keys, filters)
+        return draw(logits.T, keys, filters)
 
     program = jax.jit(traced)
     logits, keys = jnp.zeros((4, 9)), jax.random.split(jax.random.key(0), 4)
