@@ -153,6 +153,14 @@ def test_temperature_zero_takes_the_first_of_the_most_likely_tokens_and_filters_
     np.testing.assert_allclose(drawn.tempered_logprob, wanted, atol=ROUNDING)
 
 
+def test_where_nothing_filters_both_log_probs_are_one_number():
+    logits = 3 * jax.random.normal(jax.random.key(1), (64, 1000))
+    drawn = compiled_draw(logits, jax.random.split(jax.random.key(0), 64), controls(0.7))
+    np.testing.assert_array_equal(drawn.sampler_logprob, drawn.tempered_logprob)
+    narrow = compiled_draw(logits, jax.random.split(jax.random.key(0), 64), controls(0.7, top_k=10))
+    assert (narrow.sampler_logprob > narrow.tempered_logprob).all()
+
+
 def test_changing_the_controls_compiles_nothing():
     traces = []
 
