@@ -78,8 +78,8 @@ def sampled_logits(
 ) -> Float[Array, "V N"]:
     """Logits with the padding rows of the table at -inf: they are never sampled and take no probability.
 
-    The vocabulary comes first: the few columns of a decode step are packed for the product instead of the whole table,
-    which takes 3.8 ms instead of 5.5 for 16 of SmolLM2's on two CPU cores, and a transposed copy would cost the gain.
+    The vocabulary comes first, and stays first in the draw: on a CPU the few columns of a decode step are packed for
+    the product instead of the whole table, and a transposed copy would cost the gain (docs/performance.md).
     """
     z = jnp.einsum("VD,ND->VN", table.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)
     z = capped(z, softcap)
@@ -88,7 +88,7 @@ def sampled_logits(
     return jnp.where(jnp.arange(z.shape[0])[:, None] < sampled_tokens, z, -jnp.inf)
 
 
-def _without_padding(z: Float[Array, "... V"], sampled_tokens: int, first: Int[Array, ""] | int = 0) -> Array:
+def _without_padding(z: Float[Array, "... V"], sampled_tokens: int, first: Int[Array, ""] | int) -> Array:
     if isinstance(first, int) and sampled_tokens >= first + z.shape[-1]:
         return z
     return jnp.where(jnp.arange(z.shape[-1]) + first < sampled_tokens, z, -jnp.inf)

@@ -7,7 +7,7 @@ devices
 
     a kernel   q [D, H, E]      is stored as [D/2, H/2, E], and used as [D, H/2, E]
     a batch      [P, G, T, D]   is          [P/4, G, T, D]
-    logits       [P, G, V]      are         [P/4, G, V/2]
+    logits       [V, N]         are         [V/2, N/4]
 
 A group is never split: G is on no axis, so the mean and spread of its rewards do not know of the mesh.
 
@@ -300,8 +300,8 @@ def first_row(rows: int, axes: tuple[str, ...]) -> Int[Array, ""] | int:
 def on_each_device(function: Callable[..., Any], taken: Sequence[str], given: Any) -> Callable[..., Any]:
     """The function of one device's part of each argument, by the letters of its axes; as it is without a mesh.
 
-    ``("N", "VD", "")`` are rows of a batch, a table of parameters, and what lies whole on every device. A tree of
-    arrays may share one entry.
+    ``("N", "VN", "VD", "")`` are rows of a batch, their logits, a table of parameters, and what lies whole on every
+    device. A tree of arrays may share one entry.
     """
     if active() is None:
         return function

@@ -200,7 +200,7 @@ def kv_bytes(spec: ModelSpec, config: Config, shape: Shape, element: int, sizes:
 
 
 def logits_bytes(spec: ModelSpec, rows: int, tensor: int) -> int:
-    """Float32 logits, what they become before the draw, and its noise."""
+    """Float32 logits, these over the temperature, and their exponentials."""
     return 3 * rows * spec.vocab_size * MASTER // tensor
 
 

@@ -68,9 +68,9 @@ def _draw_here(over: Axes, logits: Float[Array, "V N"], keys: Key[Array, " N"], 
     floor = jax.lax.cond(filtering, functools.partial(_floor, over), _no_floor, z, controls)
     peak = largest(z.max(0), over)
     # Exponentials over the vocabulary are the next in cost: the draw and both log-probs share them.
-    weights = jnp.where(z >= floor, jnp.exp(z - peak), 0)
-    total = summed(weights.sum(0), over)
-    whole = jax.lax.cond(filtering, functools.partial(_unfiltered, over), _as_filtered, z, peak, total)
+    weights = jnp.where(z < floor, 0, jnp.exp(z - peak))
+    kept = weights.sum(0)
+    total, whole = summed((kept, jax.lax.cond(filtering, _unfiltered, _as_filtered, z, peak, kept)), over)
     uniform = jax.vmap(jax.random.uniform)(keys)
     # Finding the most likely token costs as much as the rest of the draw: only where it is asked for.
     most_likely, sampled = functools.partial(_most_likely, over), functools.partial(_sampled, over)
@@ -79,16 +79,14 @@ def _draw_here(over: Axes, logits: Float[Array, "V N"], keys: Key[Array, " N"], 
     return Draw(token, jnp.where(greedy, 0.0, chosen - jnp.log(total)), chosen - jnp.log(whole))
 
 
-def _unfiltered(
-    over: Axes, z: Float[Array, "V N"], peak: Float[Array, " N"], total: Float[Array, " N"]
-) -> Float[Array, " N"]:
-    del total
-    return summed(jnp.exp(z - peak).sum(0), over)
+def _unfiltered(z: Float[Array, "V N"], peak: Float[Array, " N"], kept: Float[Array, " N"]) -> Float[Array, " N"]:
+    del kept
+    return jnp.exp(z - peak).sum(0)
 
 
-def _as_filtered(z: Float[Array, "V N"], peak: Float[Array, " N"], total: Float[Array, " N"]) -> Float[Array, " N"]:
+def _as_filtered(z: Float[Array, "V N"], peak: Float[Array, " N"], kept: Float[Array, " N"]) -> Float[Array, " N"]:
     del z, peak
-    return total
+    return kept
 
 
 def _most_likely(

@@ -55,12 +55,11 @@ def test_a_layer_on_tensor_is_summed_twice_and_a_draw_gathers_one_number_for_eac
         # The draw: a sum for each block of 128 (here one a device), the block itself, and what normalises.
         ("all-gather", f"f32[{rows},{tensor}]"): 1,
         ("all-reduce", f"f32[{rows},128]"): 1,
-        # The largest (for the draw, and again as the one nearest), two norms of two parts, the chosen logit.
-        ("all-reduce", f"f32[{rows}]"): 6,
-        ("all-reduce", f"f32[{rows},1]"): 1,
+        # The largest (and again as greedy's), the sums of what is kept and of all, the chosen logit.
+        ("all-reduce", f"f32[{rows}]"): 5,
         ("all-reduce", f"s32[{rows}]"): 1,
         # Only where top-k, top-p or min-p is on: whole rows to sort.
-        ("all-gather", f"f32[{rows},{VOCABULARY}]"): 1,
+        ("all-gather", f"f32[{VOCABULARY},{rows}]"): 1,
     }
     if data * fsdp > 1:
         wanted["all-reduce", "s32[]"] = 1
