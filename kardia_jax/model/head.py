@@ -81,8 +81,8 @@ def sampled_logits(
     The vocabulary comes first, and stays first in the draw: on a CPU the few columns of a decode step are packed for
     the product instead of the whole table, and a transposed copy would cost the gain (docs/performance.md).
     """
-    z = jnp.einsum("VD,ND->VN", table.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)
-    z = capped(z, softcap)
+    # The same product with its operands exchanged.
+    z = model_logits(table.astype(hidden.dtype), hidden, softcap)
     if sampled_tokens >= z.shape[0]:
         return z
     return jnp.where(jnp.arange(z.shape[0])[:, None] < sampled_tokens, z, -jnp.inf)

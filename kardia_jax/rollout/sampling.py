@@ -65,34 +65,22 @@ def _draw_here(over: Axes, logits: Float[Array, "V N"], keys: Key[Array, " N"], 
     z = logits / jnp.where(greedy, 1.0, controls.temperature)
     filtering = ((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)) & ~greedy
     # The sort behind the filters costs more than the rest of the draw: skipped at run time when nothing filters.
-    floor = jax.lax.cond(filtering, functools.partial(_floor, over), _no_floor, z, controls)
+    floor = jax.lax.cond(filtering, lambda: _floor(over, z, controls), lambda: jnp.full(z.shape[1], -jnp.inf, z.dtype))
     peak = largest(z.max(0), over)
-    # Exponentials over the vocabulary are the next in cost: the draw and both log-probs share them.
+    # Exponentials over the vocabulary are the next in cost: the draw and both log-probs share them. What is not a
+    # number is below no floor, and shows in the log-probs.
     weights = jnp.where(z < floor, 0, jnp.exp(z - peak))
     kept = weights.sum(0)
-    total, whole = summed((kept, jax.lax.cond(filtering, _unfiltered, _as_filtered, z, peak, kept)), over)
+    unfiltered = jax.lax.cond(filtering, lambda: jnp.exp(z - peak).sum(0), lambda: kept)
+    total, whole = summed((kept, unfiltered), over)
     uniform = jax.vmap(jax.random.uniform)(keys)
     # Finding the most likely token costs as much as the rest of the draw: only where it is asked for.
-    most_likely, sampled = functools.partial(_most_likely, over), functools.partial(_sampled, over)
-    token = jax.lax.cond(greedy, most_likely, sampled, z, weights, uniform)
+    token = jax.lax.cond(greedy, lambda: _most_likely(over, z), lambda: inverse_cdf(weights, uniform, over))
     chosen = _taken(over, z, token) - peak
     return Draw(token, jnp.where(greedy, 0.0, chosen - jnp.log(total)), chosen - jnp.log(whole))
 
 
-def _unfiltered(z: Float[Array, "V N"], peak: Float[Array, " N"], kept: Float[Array, " N"]) -> Float[Array, " N"]:
-    del kept
-    return jnp.exp(z - peak).sum(0)
-
-
-def _as_filtered(z: Float[Array, "V N"], peak: Float[Array, " N"], kept: Float[Array, " N"]) -> Float[Array, " N"]:
-    del z, peak
-    return kept
-
-
-def _most_likely(
-    over: Axes, z: Float[Array, "V N"], weights: Float[Array, "V N"], uniform: Float[Array, " N"]
-) -> Int[Array, " N"]:
-    del weights, uniform
+def _most_likely(over: Axes, z: Float[Array, "V N"]) -> Int[Array, " N"]:
     if not over:
         return z.argmax(0)
     # The first of those that are equal, as argmax takes.
@@ -100,20 +88,8 @@ def _most_likely(
     return jax.lax.pmin(jnp.where(peak == largest(peak, over), place, jnp.iinfo(jnp.int32).max), over)
 
 
-def _sampled(
-    over: Axes, z: Float[Array, "V N"], weights: Float[Array, "V N"], uniform: Float[Array, " N"]
-) -> Int[Array, " N"]:
-    del z
-    return inverse_cdf(weights, uniform, over)
-
-
 def _floor(over: Axes, z: Float[Array, "V N"], controls: Controls) -> Float[Array, " N"]:
     return filter_floor((jax.lax.all_gather(z, over, tiled=True) if over else z).T, controls)
-
-
-def _no_floor(z: Float[Array, "V N"], controls: Controls) -> Float[Array, " N"]:
-    del controls
-    return jnp.full(z.shape[1:], -jnp.inf, z.dtype)
 
 
 def _taken(over: Axes, x: Float[Array, "M ... N"], place: Int[Array, " N"]) -> Float[Array, "N ..."]:
@@ -161,7 +137,9 @@ def inverse_cdf(weights: Float[Array, "V N"], uniform: Float[Array, " N"], over:
     inside = _taken(over, blocks, block)
     start = jnp.take_along_axis(upto - sums, block[:, None], 1)[:, 0]
     first = block // own * size + block % own * BLOCK if over else block * BLOCK
-    return first + _first_above(jnp.cumsum(inside, -1), target - start, inside)
+    token = first + _first_above(jnp.cumsum(inside, -1), target - start, inside)
+    # Weights that are no numbers lead into the padding of the last block.
+    return jnp.minimum(token, sums.shape[1] // own * size - 1)
 
 
 def _first_above(

@@ -52,7 +52,7 @@ def test_a_layer_on_tensor_is_summed_twice_and_a_draw_gathers_one_number_for_eac
     wanted = {
         # After attention, after the mlp; and the input table's row, which one device has.
         ("all-reduce", hidden): 2 * LAYERS[name] + 1,
-        # The draw: a sum for each block of 128 (here one a device), the block itself, and what normalises.
+        # The draw: a sum for each block of 128 (here one a device), and the block itself.
         ("all-gather", f"f32[{rows},{tensor}]"): 1,
         ("all-reduce", f"f32[{rows},128]"): 1,
         # The largest (and again as greedy's), the sums of what is kept and of all, the chosen logit.

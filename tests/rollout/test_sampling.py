@@ -161,6 +161,14 @@ def test_where_nothing_filters_both_log_probs_are_one_number():
     assert (narrow.sampler_logprob > narrow.tempered_logprob).all()
 
 
+@pytest.mark.parametrize("filters", [controls(), controls(top_k=2), controls(0.0)], ids=["plain", "top-k", "greedy"])
+def test_a_logit_that_is_not_a_number_shows_in_its_rows_log_prob_alone(filters):
+    logits = jnp.zeros((3, 300)).at[1, 170].set(jnp.nan)
+    drawn = compiled_draw(logits, jax.random.split(jax.random.key(0), 3), filters)
+    assert np.isnan(drawn.tempered_logprob).tolist() == [False, True, False]
+    assert ((drawn.token >= 0) & (drawn.token < 300)).all()
+
+
 def test_changing_the_controls_compiles_nothing():
     traces = []
 
